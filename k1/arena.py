@@ -1,0 +1,209 @@
+"""The arena: one table of numbers that holds every lane's complete state.
+
+A lane is a row of every tensor in `Arena.state`, plus its `Topology`. Copying a lane is copying
+rows; a fork, a snapshot, a rollback, a checkpoint and a state hash are all made of that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k1.attribution import NEVER
+from k1.block import block_layout, initial_rows, shared_layout
+from k1.config import Config
+from k1.errors import CheckpointError
+from k1.forward import RouterState, Weights
+from k1.rng import derive_seed
+from k1.topology import LevelIndex, Topology, index_levels
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """A detached copy of one lane."""
+
+    tensors: dict[str, Tensor]
+    tree: Topology
+
+    def to(self, device: torch.device | str) -> LaneState:
+        """Return the lane on another device."""
+        return LaneState({k: v.to(device) for k, v in self.tensors.items()}, self.tree.copy())
+
+
+class Arena:
+    """All lanes' numbers. S counts the slots of a lane and one scratch row that padding points to.
+
+    `state` holds, by name: `weight`, `first`, `second` [L, S, P] and `shared*` [L, Q] (parameters and
+    moments); `count` [L, S] and `shared_count` [L] (own optimizer steps); `evidence` [L, S, 3, H];
+    `log_prior`, `responsibility` (last measured), `mean_responsibility` (running), `visits`,
+    `updates`, `last_culprit`, `last_update`, `born` [L, S]; and per lane [L] `step`, `skipped`,
+    `data_seed`, `data_cursor`, `lr`, `lr_factor`, `top_k`, `cooldown`, `exploration`, `loss`
+    (running), `blocks_updated`, and `mix` [L, domains], the share of each domain in the stream.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        domains: int,
+        lanes: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocate `lanes` empty lanes; `reset_lane` or `write_lane` fills them."""
+        self.config = config
+        self.device = torch.device(device)
+        self.lanes = lanes
+        self.vocab_size = vocab_size
+        self.block_layout = block_layout(config.model)
+        self.shared_layout = shared_layout(config.model, vocab_size)
+        capacity = config.model.level_capacity
+        self.trees = [Topology(capacity, config.model.max_children) for _ in range(lanes)]
+        self.scratch = sum(capacity)
+        # What the host has to know without asking the device: kept in step by the methods below.
+        self.host_step = [0] * lanes
+        self.host_top_k = [1] * lanes
+        self._index: dict[tuple[int, int], list[LevelIndex]] = {}
+        s, p, q = self.scratch + 1, self.block_layout.total, self.shared_layout.total
+        ev = config.evidence
+        table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
+        f32, i64 = torch.float32, torch.int64
+
+        def zeros(*shape: int, dtype: torch.dtype = f32) -> Tensor:
+            return torch.zeros(lanes, *shape, dtype=dtype, device=self.device)
+
+        self.state: dict[str, Tensor] = {
+            **{name: zeros(s, p) for name in ("weight", "first", "second")},
+            **{name: zeros(q) for name in ("shared", "shared_first", "shared_second")},
+            "evidence": zeros(s, 3, table, dtype=i64),
+            **{n: zeros(s) for n in ("log_prior", "responsibility", "mean_responsibility")},
+            **{n: zeros(s, dtype=i64) for n in ("count", "visits", "updates", "born")},
+            **{n: zeros(s, dtype=i64) for n in ("last_culprit", "last_update")},
+            **{n: zeros(dtype=i64) for n in ("shared_count", "step", "skipped", "blocks_updated")},
+            **{n: zeros(dtype=i64) for n in ("data_seed", "data_cursor", "top_k", "cooldown")},
+            **{n: zeros() for n in ("lr", "lr_factor", "exploration", "loss")},
+            "mix": zeros(domains),
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a state tensor of all lanes."""
+        return self.state[name]
+
+    def reset_lane(self, lane: int, seed: int) -> None:
+        """Fill a lane with a fresh tree, drawn from `seed`."""
+        train = self.config.train
+        tree = Topology.full(
+            self.config.model.branching,
+            self.config.model.level_capacity,
+            self.config.model.max_children,
+        )
+        generator = torch.Generator().manual_seed(derive_seed("weights", seed))
+        slots = sorted(tree.blocks)
+        rows = initial_rows(self.block_layout, len(slots), generator)
+        for tensor in self.state.values():
+            tensor[lane] = 0
+        self["weight"][lane, slots] = rows.to(self.device)
+        shared = initial_rows(self.shared_layout, 1, generator)[0]
+        self["shared"][lane] = shared.to(self.device)
+        self["last_culprit"][lane] = NEVER
+        self["last_update"][lane] = NEVER
+        self["data_seed"][lane] = derive_seed("data", seed)
+        for name in ("lr", "top_k", "cooldown", "exploration"):
+            self[name][lane] = getattr(train, name)
+        self["lr_factor"][lane] = 1.0
+        self["mix"][lane] = 1.0 / self["mix"].shape[1]
+        self.host_step[lane], self.host_top_k[lane] = 0, train.top_k
+        self.set_tree(lane, tree)
+
+    def set_hyper(self, lane: int, name: str, value: float) -> None:
+        """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
+        self[name][lane] = value
+        if name == "top_k":
+            self.host_top_k[lane] = int(value)
+
+    def get_hyper(self, lane: int) -> dict[str, float]:
+        """Read the hyper-parameters of a lane."""
+        names = ("lr", "top_k", "cooldown", "exploration")
+        return {name: self[name][lane].item() for name in names}
+
+    def shallowest_leaf(self, lane: int) -> int:
+        """Level of the leaf closest to the root."""
+        tree = self.trees[lane]
+        parents = {block.parent for block in tree.blocks.values()}
+        return min(b.level for b in tree.blocks.values() if b.slot not in parents)
+
+    def set_tree(self, lane: int, tree: Topology) -> None:
+        """Give a lane its tree (after an edit too: the device index follows)."""
+        self.trees[lane] = tree
+        self._index = {
+            (start, stop): index
+            for (start, stop), index in self._index.items()
+            if not start <= lane < stop
+        }
+
+    def index(self, start: int, stop: int) -> list[LevelIndex]:
+        """Return the level index of lanes start..stop."""
+        if (start, stop) not in self._index:
+            self._index[start, stop] = index_levels(self.trees[start:stop], self.device)
+        return self._index[start, stop]
+
+    def weights(self, start: int, stop: int) -> Weights:
+        """View the parameters of lanes start..stop, cut to the living width of each level."""
+        rows = self["weight"][start:stop]
+        levels = [rows[:, i.offset : i.offset + i.width] for i in self.index(start, stop)]
+        shared = self["shared"][start:stop]
+        return Weights(levels, shared, self.block_layout, self.shared_layout)
+
+    def router(self, start: int, stop: int) -> RouterState:
+        """View what routing needs of lanes start..stop."""
+        prior, counts = self["log_prior"][start:stop], self["evidence"][start:stop]
+        cuts = [slice(i.offset, i.offset + i.width) for i in self.index(start, stop)]
+        return RouterState([prior[:, c] for c in cuts], [counts[:, c] for c in cuts])
+
+    def copy_lane(self, source: int, *targets: int) -> None:
+        """Copy a lane onto others: a fork shares nothing with its parent."""
+        for target in targets:
+            if target != source:
+                for tensor in self.state.values():
+                    tensor[target] = tensor[source]
+                self.host_step[target] = self.host_step[source]
+                self.host_top_k[target] = self.host_top_k[source]
+                self.set_tree(target, self.trees[source].copy())
+
+    def read_lane(self, lane: int) -> LaneState:
+        """Return a detached copy of a lane."""
+        tensors = {name: tensor[lane].clone() for name, tensor in self.state.items()}
+        return LaneState(tensors, self.trees[lane].copy())
+
+    def write_lane(self, lane: int, saved: LaneState) -> None:
+        """Restore a lane from a copy, which stays independent of it.
+
+        Raises:
+            CheckpointError: if the copy comes from an arena of other sizes.
+        """
+        for name, tensor in self.state.items():
+            value = saved.tensors.get(name)
+            if value is None or value.shape != tensor.shape[1:] or value.dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"the saved state does not fit this configuration ({name!r} differs): "
+                    "use the configuration it was saved with"
+                )
+        for name, tensor in self.state.items():
+            tensor[lane] = saved.tensors[name].to(self.device)
+        self.host_step[lane] = int(saved.tensors["step"])
+        self.host_top_k[lane] = int(saved.tensors["top_k"])
+        self.set_tree(lane, saved.tree.copy())
+
+    def hash_lane(self, lane: int) -> str:
+        """Hash everything that a lane consists of (SHA-256)."""
+        digest = hashlib.sha256()
+        for name in sorted(self.state):
+            digest.update(name.encode())
+            digest.update(self.state[name][lane].cpu().contiguous().numpy().tobytes())
+        tree: dict[str, Any] = self.trees[lane].to_dict()
+        digest.update(json.dumps(tree, sort_keys=True).encode())
+        return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Evidence routing: what text a child was held responsible for, as counts of hashed bigrams.
+
+Counts are statistics, not parameters: they add up, so a merge is a sum, a split a division and a
+fork a copy. They are kept as integers in units of 1/256 token, which makes all of that exact and
+independent of the order of addition.
+
+The probability that a child gives to a token is a hierarchical estimate (MacKay and Peto, "A
+hierarchical Dirichlet language model", 1995): its own counts, smoothed towards the counts that all
+siblings have together. A child without a history is therefore as likely as its siblings' average,
+not less likely, and children with the same history are told apart by nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from k1.config import EvidenceConfig
+from k1.mixing import to_children, to_parents
+from k1.topology import LevelIndex
+
+UNIT = 256
+"""Integer steps per counted token."""
+OLD, PREVIOUS, CURRENT = 0, 1, 2
+"""The three ages of counts: before the recent window, its first half, its second half."""
+
+
+def hash_bigrams(tokens: Tensor, config: EvidenceConfig) -> tuple[Tensor, Tensor]:
+    """Hash each token with its predecessor.
+
+    Args:
+        tokens: int64 [L, B, T].
+        config: the numbers of buckets.
+
+    Returns:
+        Bigram bucket and context bucket, int64 [L, B, T]. Position 0 has no predecessor in the
+        window; it is hashed with itself and has to be left out by a mask.
+    """
+    before = torch.cat([tokens[..., :1], tokens[..., :-1]], dim=-1)
+    mixed = (before * 0x9E3779B1 + tokens * 0x85EBCA77) & 0x7FFFFFFF
+    return (mixed ^ (mixed >> 15)) & (config.buckets - 1), before & (config.context_buckets - 1)
+
+
+def history_mask(starts: Tensor) -> Tensor:
+    """Mark which earlier positions belong to the same document.
+
+    Args:
+        starts: bool [L, B, T], True where a document begins.
+
+    Returns:
+        float32 [L, B, T, T]: entry (t, s) is 1 if s <= t, both are in one document, and s has a
+        predecessor in it.
+    """
+    time = starts.shape[-1]
+    document = starts.long().cumsum(-1)
+    same = document[..., :, None] == document[..., None, :]
+    causal = torch.ones(time, time, dtype=torch.bool, device=starts.device).tril()
+    has_predecessor = ~starts
+    has_predecessor = has_predecessor & (torch.arange(time, device=starts.device) > 0)
+    return (same & causal & has_predecessor[..., None, :]).float()
+
+
+def level_evidence(
+    counts: Tensor,
+    parent: LevelIndex,
+    child: LevelIndex,
+    bigram: Tensor,
+    context: Tensor,
+    mask: Tensor,
+    config: EvidenceConfig,
+) -> Tensor:
+    """Sum the log-likelihood of each child's statistics over the text so far.
+
+    Args:
+        counts: int64 [L, W_child, 3, buckets + context_buckets].
+        parent: the parents' level.
+        child: the children's level.
+        bigram: int64 [L, B, T] from `hash_bigrams`.
+        context: int64 [L, B, T] from `hash_bigrams`.
+        mask: float32 [L, B, T, T] from `history_mask`.
+        config: strength of smoothing and tau.
+
+    Returns:
+        float32 [L, W_child, B * T].
+    """
+    lanes, width = counts.shape[:2]
+    n = config.buckets
+
+    def look_up(start: int, bucket: Tensor) -> Tensor:
+        ages = torch.arange(3, device=counts.device) * counts.shape[-1] + start
+        index = (bucket.flatten(1)[:, None] + ages[:, None]).flatten(1)
+        found = counts.flatten(2).gather(2, index[:, None].expand(-1, width, -1))
+        return found.view(lanes, width, 3, -1).sum(2).float() / UNIT * child.alive[..., None]
+
+    both, before = look_up(0, bigram), look_up(n, context)
+    pool = partial(to_children, parent=parent, child=child)
+    prior_both = pool(to_parents(both, parent, child))
+    prior_context = pool(to_parents(before, parent, child))
+    # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
+    prior = (prior_both + config.strength / n) / (prior_context + config.strength)
+    ratio = (both + config.strength * prior) / (before + config.strength) / prior
+    log_ratio = ratio.log().view(lanes, width, *bigram.shape[1:])
+    # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
+    total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1))
+    return config.tau * total.permute(0, 3, 1, 2).flatten(2)
+
+
+def add_counts(
+    counts: Tensor,
+    slots: Tensor,
+    share: Tensor,
+    bigram: Tensor,
+    context: Tensor,
+    valid: Tensor,
+    config: EvidenceConfig,
+) -> None:
+    """Count a batch for the blocks that were held responsible for it, in place.
+
+    Args:
+        counts: int64 [L, S, 3, buckets + context_buckets].
+        slots: int64 [L, P], distinct but for the scratch slot, whose share is 0.
+        share: float32 [L, P, N]: routing weight of each block at each token; 0 counts nothing.
+        bigram: int64 [L, B, T].
+        context: int64 [L, B, T].
+        valid: bool [L, B, T]: positions that have a predecessor in their document.
+        config: the numbers of buckets.
+    """
+    lanes, picked, tokens = share.shape
+    weight = (share * valid.flatten(1)[:, None] * UNIT).round().long()
+    bucket = torch.cat([bigram.flatten(1), context.flatten(1) + config.buckets], dim=1)
+    batch = counts.new_zeros(lanes, picked, counts.shape[-1])
+    batch.scatter_add_(2, bucket[:, None].expand(-1, picked, -1), weight.repeat(1, 1, 2))
+    lane = torch.arange(lanes, device=counts.device)[:, None].expand(-1, picked)
+    counts[lane, slots, CURRENT] += batch
+
+
+def rotate(counts: Tensor) -> None:
+    """Start a new half of the recent window, in place: [..., 3, buckets]."""
+    counts[..., OLD, :] += counts[..., PREVIOUS, :]
+    counts[..., PREVIOUS, :] = counts[..., CURRENT, :]
+    counts[..., CURRENT, :] = 0
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Shannon entropy in bits of one block's bigram counts [buckets]; 0 without counts."""
+    total = float(counts.sum())
+    if total <= 0:
+        return 0.0
+    p = counts[counts > 0].double() / total
+    return float(-(p * p.log()).sum()) / math.log(2)

@@ -1,0 +1,112 @@
+"""Moving activations between tree levels, and the routing weights among siblings.
+
+`to_children` and `to_parents` are transposes of each other, and each is a gather whose backward
+pass is the other: no scatter, so no atomics, and the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k1.topology import LevelIndex
+
+
+def flat_index(index: Tensor, width: int) -> Tensor:
+    """Turn positions within a lane [L, ...] into positions in the flattened [L * width]."""
+    lane = torch.arange(index.shape[0], device=index.device) * width
+    return (index + lane.view(-1, *[1] * (index.dim() - 1))).reshape(-1)
+
+
+def _spread(y: Tensor, child: LevelIndex) -> Tensor:
+    lanes, width = y.shape[:2]
+    return y.flatten(0, 1).index_select(0, flat_index(child.parent, width)).view(lanes, -1, *y.shape[2:])
+
+
+def _collect(x: Tensor, parent: LevelIndex) -> Tensor:
+    lanes, width = x.shape[:2]
+    flat, total = x.flatten(0, 1), None
+    for k in range(parent.children.shape[-1]):
+        picked = flat.index_select(0, flat_index(parent.children[..., k], width))
+        picked = picked.view(lanes, -1, *x.shape[2:])
+        on = parent.has_child[..., k].view(lanes, -1, *[1] * (x.dim() - 2))
+        picked = picked.masked_fill_(~on, 0)
+        total = picked if total is None else total.add_(picked)
+    assert total is not None
+    return total
+
+
+class _ToChildren(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
+        ctx.parent = parent
+        return _spread(y, child)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _collect(grads[0], ctx.parent), None, None
+
+
+class _ToParents(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
+        ctx.child = child
+        return _collect(x, parent)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        alive = ctx.child.alive
+        spread = _spread(grads[0], ctx.child)
+        return spread * alive.view(*alive.shape, *[1] * (spread.dim() - 2)), None, None
+
+
+def to_children(y: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
+    """Hand every child its parent's value: [L, W_parent, ...] -> [L, W_child, ...]."""
+    out: Tensor = _ToChildren.apply(y, parent, child)
+    return out
+
+
+def to_parents(x: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
+    """Sum values over the children of every parent: [L, W_child, ...] -> [L, W_parent, ...].
+
+    A parent without children gets zero.
+    """
+    out: Tensor = _ToParents.apply(x, parent, child)
+    return out
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing of one level's parents over their children."""
+
+    by_parent: Tensor
+    """float32 [L, W_parent, K, N]: softmax over K; uniform over nothing where there is no child."""
+    by_child: Tensor
+    """float32 [L, W_child, N]: the weight that each child has among its siblings."""
+
+
+def sibling_softmax(
+    prior: Tensor, learned: Tensor | None, parent: LevelIndex, child: LevelIndex
+) -> Routing:
+    """Softmax over siblings.
+
+    Args:
+        prior: float32 [L, W_child, N] or [L, W_child, 1]: log prior plus evidence of each child.
+        learned: float32 [L, W_parent, K', N] logits by rank (K' >= K), or None.
+        parent: the parents' level.
+        child: the children's level.
+    """
+    lanes, width, ranks = parent.children.shape
+    index = flat_index(parent.children.flatten(1), prior.shape[1])
+    logits = prior.flatten(0, 1).index_select(0, index).view(lanes, width, ranks, -1)
+    if learned is not None:
+        logits = logits + learned[:, :, :ranks]
+    lowest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~parent.has_child[..., None], lowest)
+    by_parent = torch.softmax(logits, dim=2)
+    column = flat_index(child.parent * ranks + child.rank, width * ranks)
+    by_child = by_parent.flatten(0, 2).index_select(0, column).view(lanes, child.width, -1)
+    return Routing(by_parent, by_child * child.alive[..., None])

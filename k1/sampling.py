@@ -1,0 +1,88 @@
+"""Windows of text, drawn on the device from tokens that are held there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from k1.data import POOLS, TextData
+from k1.forward import Batch
+from k1.rng import STREAM_DATA, STREAM_DOMAIN, random_bits, random_uniform
+
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+class TokenStore:
+    """All pools of all domains as one token tensor on the device."""
+
+    def __init__(self, data: TextData, context: int, device: torch.device | str) -> None:
+        """Copy the tokens to the device.
+
+        Raises:
+            DataError: if a pool of a domain is too short for one window.
+        """
+        data.require(context + 2)
+        self.domains = data.domains
+        self.context = context
+        tokens, starts, table, position = [], [], [], 0
+        for pool in POOLS:
+            for domain in data.domains:
+                piece = data.tokens(domain, pool)
+                tokens.append(piece)
+                starts.append(data.starts(domain, pool))
+                table.append((position, len(piece)))
+                position += len(piece)
+        self.tokens = torch.cat(tokens).to(device)
+        self.starts = torch.cat(starts).to(device)
+        shape = (len(POOLS), len(data.domains), 2)
+        self.extent = torch.tensor(table, dtype=torch.int64).view(shape)
+        self.extent_on_device = self.extent.to(device)
+        self.token_bytes = data.token_bytes.to(device)
+
+    def _windows(self, start: Tensor, domain: Tensor) -> Batch:
+        """Cut windows at absolute positions: start, domain int64 [L, B]."""
+        offset = torch.arange(self.context + 1, device=start.device)
+        index = start[..., None] + offset
+        window = self.tokens[index].long()
+        return Batch(window[..., :-1], window[..., 1:], self.starts[index[..., :-1]], domain)
+
+    def sample(self, pool: str, seed: Tensor, counter: Tensor, mix: Tensor, windows: int) -> Batch:
+        """Draw random windows.
+
+        Args:
+            pool: one of `POOLS`.
+            seed: int64 [L].
+            counter: int64 [L]: the batch's number in the lane's stream.
+            mix: float32 [L, domains]: share of each domain (non-negative, sums to 1).
+            windows: windows per lane. The domains of any first few are as mixed as those of all.
+        """
+        u = random_uniform(seed, STREAM_DOMAIN, counter, 1)
+        u = (u + torch.arange(windows, device=seed.device) * _GOLDEN_RATIO) % 1.0
+        edges = mix.cumsum(1)[:, None, :-1]
+        domain = (u[..., None] >= edges).sum(-1)
+        extent = self.extent_on_device[POOLS.index(pool)][domain]
+        bits = random_bits(seed, STREAM_DATA, counter, windows)
+        start = extent[..., 0] + bits % (extent[..., 1] - self.context)
+        return self._windows(start, domain)
+
+    def spread(self, pool: str, domain: str, windows: int) -> Batch:
+        """Cut evenly spaced windows of one domain: the same ones every time. Shapes [1, B, T]."""
+        d = self.domains.index(domain)
+        first, length = self.extent[POOLS.index(pool), d].tolist()
+        count = min(windows, (length - 1) // self.context)
+        gap = (length - self.context - 1) / max(1, count - 1)
+        starts = [first + int(i * gap) for i in range(count)]
+        start = torch.tensor([starts], dtype=torch.int64, device=self.tokens.device)
+        return self._windows(start, torch.full_like(start, d))
+
+    def bytes_in(self, targets: Tensor) -> Tensor:
+        """UTF-8 bytes of target tokens [L, B, T]: float64 [L]."""
+        return self.token_bytes[targets].double().flatten(1).sum(1)
+
+
+def mix_of(domains: Sequence[str], shares: dict[str, float]) -> list[float]:
+    """Lay out named shares in the order of the domains, normalised."""
+    total = sum(shares.values())
+    return [shares.get(domain, 0.0) / total for domain in domains]

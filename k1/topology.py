@@ -1,0 +1,279 @@
+"""The shape of one tree: which slot holds which block, and who is whose child.
+
+Slots are grouped by level: level l owns `capacity[l]` consecutive slots, so a tree level is a plain
+slice of every stacked tensor. The topology is small host data; `LevelIndex` is its form for the
+device, padded to the widest lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k1.errors import TopologyError
+
+ROOT_SLOT = 0
+LEVEL_NAMES = ("Root", "Node", "Agent", "Sub-Agent")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One living block. `ordinal` numbers the blocks of a level in order of birth, for names."""
+
+    slot: int
+    id: int
+    parent: int
+    """Slot of the parent; -1 for the root."""
+    rank: int
+    """Column of the parent's router that belongs to this child."""
+    level: int
+    ordinal: int
+
+
+class Topology:
+    """The tree of one lane. Slots are reused; ids never are."""
+
+    def __init__(self, capacity: tuple[int, ...], max_children: int) -> None:
+        """Make a tree of the root alone, with id 0."""
+        self.capacity = capacity
+        self.max_children = max_children
+        self.offset = tuple(sum(capacity[:level]) for level in range(len(capacity)))
+        self.blocks: dict[int, Block] = {ROOT_SLOT: Block(ROOT_SLOT, 0, -1, 0, 0, 1)}
+        self.next_id = 1
+        self.born = [1] + [0] * (len(capacity) - 1)
+
+    @classmethod
+    def full(
+        cls, branching: tuple[int, ...], capacity: tuple[int, ...], max_children: int
+    ) -> Topology:
+        """Make a tree with `branching[l]` children under every block of level l."""
+        tree = cls(capacity, max_children)
+        parents = [ROOT_SLOT]
+        for width in branching:
+            parents = [tree.insert(parent) for parent in parents for _ in range(width)]
+        return tree
+
+    @property
+    def slots(self) -> int:
+        """Slots in all, without the scratch row."""
+        return sum(self.capacity)
+
+    @property
+    def agents(self) -> int:
+        """Blocks without the root."""
+        return len(self.blocks) - 1
+
+    def children(self, slot: int) -> list[int]:
+        """Slots of a block's children, by rank."""
+        return [b.slot for b in sorted(self._children(slot), key=lambda b: b.rank)]
+
+    def _children(self, slot: int) -> list[Block]:
+        return [block for block in self.blocks.values() if block.parent == slot]
+
+    def is_leaf(self, slot: int) -> bool:
+        """Whether the block has no children."""
+        return not self._children(slot)
+
+    def subtree(self, slot: int) -> list[int]:
+        """Slots of a block and all its descendants, ancestors first."""
+        found = [slot]
+        for current in found:
+            found.extend(self.children(current))
+        return found
+
+    def path(self, slot: int) -> list[int]:
+        """Slots from the root down to a block."""
+        chain = [slot]
+        while chain[-1] != ROOT_SLOT:
+            chain.append(self.blocks[chain[-1]].parent)
+        return chain[::-1]
+
+    def free_slots(self, level: int) -> list[int]:
+        """Free slots of a level, lowest first."""
+        start = self.offset[level]
+        return [s for s in range(start, start + self.capacity[level]) if s not in self.blocks]
+
+    def slot_of(self, block_id: int) -> int:
+        """Find the slot of a living block.
+
+        Raises:
+            TopologyError: if no living block has this id.
+        """
+        for block in self.blocks.values():
+            if block.id == block_id:
+                return block.slot
+        alive = sorted(block.id for block in self.blocks.values())
+        raise TopologyError(f"no living block has id {block_id}: living ids are {alive}")
+
+    def name(self, slot: int, short: bool = False) -> str:
+        """Name a block for people: `Node 2 / Agent 6 / Sub-Agent 13`, or only its last part."""
+        parts = [self._own_name(s) for s in self.path(slot)]
+        return parts[-1] if short or len(parts) == 1 else " / ".join(parts[1:])
+
+    def _own_name(self, slot: int) -> str:
+        block = self.blocks[slot]
+        if block.level == 0:
+            return "Root"
+        deeper = block.level >= len(LEVEL_NAMES)
+        level = f"Level-{block.level} Agent" if deeper else LEVEL_NAMES[block.level]
+        return f"{level} {block.ordinal}"
+
+    def why_not_add(self, parent: int) -> str | None:
+        """Say why no agent can be added under a block, or None if one can."""
+        if parent not in self.blocks:
+            return f"slot {parent} holds no block"
+        level = self.blocks[parent].level
+        if level + 1 >= len(self.capacity):
+            return "the tree is at its greatest depth there (model.spare_levels)"
+        if len(self._children(parent)) >= self.max_children:
+            return f"it already has {self.max_children} children (model.max_children)"
+        if not self.free_slots(level + 1):
+            return f"level {level + 1} has no free slot (model.spare)"
+        return None
+
+    def insert(self, parent: int) -> int:
+        """Add one block under `parent` and return its slot.
+
+        Raises:
+            TopologyError: if there is no room.
+        """
+        reason = self.why_not_add(parent)
+        if reason:
+            where = self.name(parent) if parent in self.blocks else f"slot {parent}"
+            raise TopologyError(f"cannot add an agent under {where}: {reason}")
+        level = self.blocks[parent].level + 1
+        slot = self.free_slots(level)[0]
+        used = {block.rank for block in self._children(parent)}
+        rank = min(set(range(self.max_children)) - used)
+        self.born[level] += 1
+        self.blocks[slot] = Block(slot, self.next_id, parent, rank, level, self.born[level])
+        self.next_id += 1
+        return slot
+
+    def room_for_copy(self, source: int) -> bool:
+        """Whether the whole subtree of `source` fits once more beside it."""
+        need = [0] * len(self.capacity)
+        for slot in self.subtree(source):
+            need[self.blocks[slot].level] += 1
+        return all(len(self.free_slots(level)) >= n for level, n in enumerate(need) if n)
+
+    def copy_subtree(self, source: int) -> dict[int, int]:
+        """Insert a copy of a subtree beside it; returns {source slot: new slot}, ancestors first.
+
+        Children keep their ranks, so a copied router still means the same children.
+
+        Raises:
+            TopologyError: if there is no room for all of it (then nothing is changed).
+        """
+        if not self.room_for_copy(source):
+            raise TopologyError(
+                f"cannot split {self.name(source)}: its subtree does not fit into the free slots "
+                "(model.spare)"
+            )
+        made: dict[int, int] = {}
+        for slot in self.subtree(source):
+            old = self.blocks[slot]
+            new = self.insert(made.get(old.parent, old.parent))
+            if slot != source:
+                block = self.blocks[new]
+                self.blocks[new] = Block(
+                    new, block.id, block.parent, old.rank, block.level, block.ordinal
+                )
+            made[slot] = new
+        return made
+
+    def remove(self, slot: int) -> list[int]:
+        """Remove a block with its subtree and return the freed slots.
+
+        Raises:
+            TopologyError: for the root or an empty slot.
+        """
+        if slot == ROOT_SLOT or slot not in self.blocks:
+            what = "the root" if slot == ROOT_SLOT else f"slot {slot}, which holds no block"
+            raise TopologyError(f"cannot delete {what}: choose a living agent")
+        freed = self.subtree(slot)
+        for gone in freed:
+            del self.blocks[gone]
+        return freed
+
+    def copy(self) -> Topology:
+        """Return an independent copy."""
+        twin = Topology(self.capacity, self.max_children)
+        twin.blocks, twin.next_id, twin.born = dict(self.blocks), self.next_id, list(self.born)
+        return twin
+
+    def signature(self) -> str:
+        """Identify the living blocks, as text: equal for equal trees of one run."""
+        return ",".join(map(str, sorted(block.id for block in self.blocks.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tree as plain JSON data."""
+        rows = [[b.slot, b.id, b.parent, b.rank, b.level, b.ordinal] for b in self._ordered()]
+        return {"blocks": rows, "next_id": self.next_id, "born": list(self.born)}
+
+    def _ordered(self) -> list[Block]:
+        return [self.blocks[slot] for slot in sorted(self.blocks)]
+
+    def load_dict(self, data: dict[str, Any]) -> None:
+        """Take over what `to_dict` wrote for the same capacities."""
+        self.blocks = {row[0]: Block(*row) for row in data["blocks"]}
+        self.next_id, self.born = data["next_id"], list(data["born"])
+
+
+@dataclass(frozen=True)
+class LevelIndex:
+    """One level of several lanes as device tensors, `width` slots wide (positions are local).
+
+    Shapes use L lanes, W = this level's width, K = most children that any block has.
+    """
+
+    level: int
+    offset: int
+    width: int
+    alive: Tensor
+    """bool [L, W]."""
+    is_leaf: Tensor
+    """bool [L, W]; dead slots count as leaves."""
+    parent: Tensor
+    """int64 [L, W]: position in the level above (0 where dead)."""
+    rank: Tensor
+    """int64 [L, W]."""
+    children: Tensor
+    """int64 [L, W, K]: positions in the level below by rank (0 where there is none)."""
+    has_child: Tensor
+    """bool [L, W, K]."""
+
+
+def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex]:
+    """Lay out the levels of several trees for the device, each as wide as its widest lane."""
+    first, ranks = trees[0], 1
+    width = [0] * len(first.capacity)
+    for tree in trees:
+        for block in tree.blocks.values():
+            width[block.level] = max(width[block.level], block.slot - tree.offset[block.level] + 1)
+            ranks = max(ranks, block.rank + 1)
+    depth = max(level + 1 for level, w in enumerate(width) if w)
+    lanes, levels = len(trees), []
+    for level in range(depth):
+        offset, w = first.offset[level], width[level]
+        alive = torch.zeros(lanes, w, dtype=torch.bool)
+        parent, rank = (torch.zeros(lanes, w, dtype=torch.int64) for _ in range(2))
+        children = torch.zeros(lanes, w, ranks, dtype=torch.int64)
+        has_child = torch.zeros(lanes, w, ranks, dtype=torch.bool)
+        for lane, tree in enumerate(trees):
+            for block in tree.blocks.values():
+                if block.level == level:
+                    here = block.slot - offset
+                    alive[lane, here] = True
+                    rank[lane, here] = block.rank
+                    parent[lane, here] = max(0, block.parent - tree.offset[max(0, level - 1)])
+                elif block.level == level + 1:
+                    up = block.parent - offset
+                    children[lane, up, block.rank] = block.slot - tree.offset[level + 1]
+                    has_child[lane, up, block.rank] = True
+        fields = (alive, ~has_child.any(-1), parent, rank, children, has_child)
+        levels.append(LevelIndex(level, offset, w, *(t.to(device) for t in fields)))
+    return levels
