@@ -45,6 +45,7 @@ class Engine:
         """
         self.arena = arena
         self.store = store
+        self.mode = arena.config.update.mode
         self.chunk = lane_chunk or (arena.lanes if arena.device.type == "cuda" else 2)
 
     def train(
@@ -80,7 +81,7 @@ class Engine:
             seed, cursor = a["data_seed"][lanes], a["data_cursor"][lanes]
             batch = self.store.sample("train", seed, cursor, a["mix"][lanes], config.train.batch)
         text = read_text(batch, config)
-        run = self._sparse if config.update.mode == "sparse" else self._full
+        run = self._sparse if self.mode == "sparse" else self._full
         result = run(start, stop, batch, text)
         self._book_keeping(start, stop, result)
         return result
@@ -113,7 +114,7 @@ class Engine:
         loss, grads, shared_grad, done = self.gradients(start, stop, batch, text)
         measured = responsibilities(grads, levels, a.scratch + 1)
         self._remember(start, stop, measured, None)
-        if config.update.mode == "dense":
+        if self.mode == "dense":
             alive = torch.zeros_like(measured, dtype=torch.bool)
             for index in levels:
                 alive[:, index.offset : index.offset + index.width] = index.alive
@@ -127,7 +128,7 @@ class Engine:
             cut = slice(index.offset, index.offset + index.width)
             self._update(start, stop, cut, grad * factor[:, None, None], selection.scale[:, cut], fine)
         self._update_shared(start, stop, shared_grad * factor[:, None], fine)
-        if config.model.router == "evidence" and config.update.mode != "dense":
+        if config.model.router == "evidence" and self.mode != "dense":
             limit = max(a.host_top_k[start:stop]) + len(levels)
             paths = index_paths(selection.on_path, levels, limit, a.scratch)
             self._count(start, stop, paths, selection, done, text, fine)

@@ -1,0 +1,32 @@
+"""Floating-point operations of a training step, by formula (a multiply-add counts as two)."""
+
+from __future__ import annotations
+
+from k1.config import Config
+
+
+def block_flops_per_token(config: Config) -> float:
+    """Forward operations of one block for one token: projections, feed-forward, causal attention."""
+    d, f, t = config.model.embed, config.model.feed_forward, config.model.context
+    return 2.0 * (4 * d * d + 2 * d * f) + 2.0 * d * t
+
+
+def step_flops(config: Config, vocab_size: int, blocks: int, updated: float) -> float:
+    """Operations of one training step.
+
+    Args:
+        config: sizes and mode.
+        vocab_size: width of the head.
+        blocks: living blocks, root included.
+        updated: blocks that a step updates, root included (not used in dense and exact mode).
+
+    A backward pass costs twice its forward pass. Sparse mode runs every block forward, the updated
+    ones forward and backward once more, and a full pass on the probe.
+    """
+    tokens = config.train.batch * config.model.context
+    block = block_flops_per_token(config) * tokens
+    head = 3 * 2.0 * config.model.embed * vocab_size * tokens
+    if config.update.mode != "sparse":
+        return 3 * blocks * block + head
+    probe = config.update.probe_fraction / config.update.attribution_every
+    return blocks * block + 3 * updated * block + head + probe * (3 * blocks * block + head)

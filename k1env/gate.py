@@ -1,0 +1,271 @@
+"""The gate: does a change really make learning better?
+
+For each of several seeds, twins are forked from the present state: a control as it is and a cheat
+with the change. Both train on identical batches for a horizon, then both anneal their learning
+rate linearly to zero (without that, a lower learning rate looks better than it is), and both are
+scored on the same fresh windows of the gate pool. A one-sided t-test on the relative differences
+decides, with a margin. The state that the trial starts from is never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+
+from k1.arena import LaneState
+from k1.engine import Engine
+from k1.rng import derive_seed
+
+CONTROL, CHEAT, SHADOW = "control", "cheat", "shadow"
+Scores = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Settings of a trial. The error rates are part of K-1's promise: don't loosen them."""
+
+    seeds: int = 8
+    """Twins in a full trial."""
+    horizon: int = 60
+    """Training steps before annealing."""
+    anneal: int = 30
+    """Steps over which the scoring copies' learning rate falls to zero."""
+    early: int = 2
+    """A trial ends after this many seeds if none of them shows a gain."""
+    group: int = 2
+    """Seeds trained at once after that; more need more memory."""
+    windows: int = 64
+    """Gate-pool windows that each twin is scored on."""
+    margin: float = 0.001
+    """Relative gain that the mean has to exceed."""
+    alpha: float = 0.01
+    """Largest p-value that counts as a success."""
+    compute_price: float = 0.01
+    """Bits per byte added to the loss for a step's compute, relative to the starting tree's."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative differences (other - cheat) / other over the seeds, tested against the margin."""
+
+    differences: tuple[float, ...]
+    mean: float
+    std: float
+    p_value: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial measured."""
+
+    accepted: bool
+    reason: str
+    control: Comparison | None
+    shadow: Comparison | None
+    """Against the shadow; None if there was none."""
+    seeds_run: int
+    lane_steps: int
+    """Training steps spent, over all lanes."""
+    digests: tuple[str, ...] = ()
+    """One for each seed, over the batches that its twins saw."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON data."""
+        return asdict(self)
+
+
+def compare(
+    other: Sequence[float], cheat: Sequence[float], config: GateConfig, *, stop: bool = False
+) -> Comparison:
+    """Test whether `cheat` has the lower loss by more than the margin.
+
+    With `stop`, the question is turned round: `other` is the system that trained on, `cheat` the
+    one that stopped, and the test is passed if training on gains less than the margin.
+    """
+    if stop:
+        pairs = [(c - o) / c for o, c in zip(other, cheat, strict=True)]
+    else:
+        pairs = [(o - c) / o for o, c in zip(other, cheat, strict=True)]
+    mean = math.fsum(pairs) / len(pairs)
+    finite = all(math.isfinite(d) for d in pairs)
+    std = p = math.nan
+    if finite and len(pairs) > 1:
+        std = math.sqrt(math.fsum((d - mean) ** 2 for d in pairs) / (len(pairs) - 1))
+        if std > 0:
+            side = "less" if stop else "greater"
+            p = float(stats.ttest_1samp(pairs, popmean=config.margin, alternative=side).pvalue)
+    passed = finite and len(pairs) == config.seeds and std > 0 and p <= config.alpha
+    return Comparison(tuple(pairs), *(_plain(x) for x in (mean, std)), _plain(p, 1.0), passed)
+
+
+def _plain(value: float, otherwise: float = 0.0) -> float:
+    """Keep JSON free of NaN: a value that could not be computed becomes `otherwise`."""
+    return value if math.isfinite(value) else otherwise
+
+
+class Gate:
+    """Runs trials in spare lanes of an arena: lanes `first`, `first` + 1, ..."""
+
+    def __init__(self, engine: Engine, first: int, config: GateConfig) -> None:
+        """Bind the gate to its lanes."""
+        self.engine, self.first, self.config = engine, first, config
+        self.adopted: dict[str, LaneState] = {}
+
+    @staticmethod
+    def lanes_needed(config: GateConfig) -> int:
+        """Lanes that a trial with a shadow uses at once."""
+        return 3 * max(config.early, config.group)
+
+    def run(
+        self,
+        main: int,
+        shadow: int | None,
+        change: Callable[[int], None],
+        *,
+        seed: int,
+        mix: Sequence[float],
+        price: Callable[[int], float],
+        stop: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TrialResult:
+        """Try a change; lanes `main` and `shadow` are left as they are.
+
+        The first seed's twins go on with the main lane's own stream of batches. Their states after
+        the horizon, before annealing, are kept in `adopted`, so that the caller can go on from
+        there: a trial costs the main lane no time.
+
+        Args:
+            main: lane to fork.
+            shadow: lane that a cheat must beat too, or None.
+            change: makes the change in a lane.
+            seed: of this trial; all batches but the first seed's follow from it.
+            mix: share of each domain in the score.
+            price: compute price of a lane in bits per byte.
+            stop: test stopping: the cheat skips the horizon.
+            progress: called with (seeds done, seeds) as the trial goes on.
+        """
+        config, arena = self.config, self.engine.arena
+        arms = [CONTROL, CHEAT] + ([SHADOW] if shadow is not None else [])
+        scores: Scores = {arm: [] for arm in arms}
+        digests: list[str] = []
+        lane_steps, done = 0, 0
+        self.adopted = {}
+        while done < config.seeds:
+            size = min(config.group if done else config.early, config.seeds - done)
+            lanes = {arm: self.first + i * size for i, arm in enumerate(arms)}
+            for i in range(size):
+                for arm in arms:
+                    source = shadow if arm == SHADOW and shadow is not None else main
+                    arena.copy_lane(source, lanes[arm] + i)
+                    if done + i:
+                        fresh = derive_seed("trial", seed, done + i)
+                        arena["data_seed"][lanes[arm] + i] = fresh
+                change(lanes[CHEAT] + i)
+            lane_steps += self._train(arms, lanes, size, keep=done == 0, stop=stop)
+            group_digests, group_scores = self._score(arms, lanes, size, done, seed, mix, price)
+            digests += group_digests
+            for arm in arms:
+                scores[arm] += group_scores[arm]
+            done += size
+            if progress:
+                progress(done, config.seeds)
+            if done <= config.early and self._hopeless(scores, stop):
+                break
+        return self._judge(scores, digests, done, lane_steps, stop)
+
+    def _train(
+        self, arms: list[str], lanes: dict[str, int], size: int, *, keep: bool, stop: bool
+    ) -> int:
+        """Train all arms of a group; returns the lane steps spent."""
+        config, arena = self.config, self.engine.arena
+        low, high = self.first, self.first + len(arms) * size
+        spent = 0
+        for arm in arms:
+            start = lanes[arm]
+            if not (stop and arm == CHEAT):
+                self.engine.train(start, start + size, config.horizon)
+                spent += size * config.horizon
+            if keep:
+                self.adopted[arm] = arena.read_lane(start)
+        self.engine.train(low, high, config.anneal, lambda i: 1.0 - i / config.anneal)
+        return spent + (high - low) * config.anneal
+
+    def _score(
+        self,
+        arms: list[str],
+        lanes: dict[str, int],
+        size: int,
+        done: int,
+        seed: int,
+        mix: Sequence[float],
+        price: Callable[[int], float],
+    ) -> tuple[list[str], Scores]:
+        """Score all arms of a group on fresh windows, the same ones for each seed's arms."""
+        config, engine, arena = self.config, self.engine, self.engine.arena
+        seeds = [derive_seed("gate", seed, done + i) for i in range(size)]
+        device = arena.device
+        row = torch.tensor(mix, dtype=torch.float32, device=device).expand(size, -1)
+        batch = engine.store.sample(
+            "gate",
+            torch.tensor(seeds, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device),
+            row,
+            config.windows,
+        )
+        digests = [
+            hashlib.sha256(
+                f"{int(arena['data_seed'][lanes[CONTROL] + i])}/".encode()
+                + batch.inputs[i].cpu().numpy().tobytes()
+            ).hexdigest()
+            for i in range(size)
+        ]
+        scores: Scores = {}
+        for arm in arms:
+            start = lanes[arm]
+            loss = engine.bits_per_byte(start, start + size, batch).tolist()
+            scores[arm] = [x + price(start + i) for i, x in enumerate(loss)]
+        return digests, scores
+
+    def _hopeless(self, scores: Scores, stop: bool) -> bool:
+        """Whether no seed so far shows a gain over control and shadow."""
+        pairs = [
+            compare(scores[arm], scores[CHEAT], self.config, stop=stop).differences
+            for arm in scores
+            if arm != CHEAT
+        ]
+        if stop:
+            return any(all(not d < self.config.margin for d in p) for p in pairs)
+        return any(all(not d > 0 for d in p) for p in pairs)
+
+    def _judge(
+        self, scores: Scores, digests: list[str], done: int, lane_steps: int, stop: bool
+    ) -> TrialResult:
+        config = self.config
+        control = compare(scores[CONTROL], scores[CHEAT], config, stop=stop)
+        # Stopping has no shadow to beat: the question is only whether going on would help.
+        shadow = None
+        if SHADOW in scores and not stop:
+            shadow = compare(scores[SHADOW], scores[CHEAT], config)
+        distinct = len(set(digests)) == len(digests)
+        accepted = distinct and control.passed and (shadow is None or shadow.passed)
+        if accepted:
+            reason = "improves" if not stop else "going on gains less than the margin"
+        elif not distinct:
+            reason = "two seeds saw the same batches"
+        elif done < config.seeds:
+            reason = f"no gain in the first {done} seeds"
+        elif not control.passed:
+            reason = f"not shown: p = {control.p_value:.3g} against the control"
+        else:
+            assert shadow is not None
+            reason = f"beats the control but not the shadow (p = {shadow.p_value:.3g})"
+        return TrialResult(
+            accepted, reason, control, shadow, done, lane_steps, tuple(digests)
+        )

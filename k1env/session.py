@@ -1,0 +1,550 @@
+"""Phase 2 without Gymnasium: a K-1 system in its world, under the boundary system.
+
+`Session.act` is the whole of Phase 2: log the intent, carry the action out or try it, train, guard
+against divergence, evaluate, log the outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from k1 import edits
+from k1.arena import LaneState
+from k1.data import TextData
+from k1.errors import CheckpointError
+from k1.flops import step_flops
+from k1.rng import derive_seed
+from k1.topology import ROOT_SLOT, Topology
+from k1.trainer import Trainer
+from k1env import actions
+from k1env.actions import Action, ActionError, action_table, tuned_value
+from k1env.autonomy import Autonomy, Benchmark, Goal
+from k1env.boundary import Boundary, Request, Ruling, hard_limits
+from k1env.gate import CHEAT, CONTROL, SHADOW, Gate, TrialResult
+from k1env.settings import Settings
+from k1env.world import World, draw_instance
+
+MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
+
+
+class LedgerLike(Protocol):
+    """Whatever takes entries: a run folder's ledger or a list in memory."""
+
+    def append(self, kind: str, **data: Any) -> Any:
+        """Log one entry."""
+
+
+class MemoryLedger:
+    """A ledger that is not kept."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.entries: list[tuple[str, dict[str, Any]]] = []
+
+    def append(self, kind: str, **data: Any) -> None:
+        """Log one entry."""
+        self.entries.append((kind, data))
+
+
+@dataclass
+class Outcome:
+    """What came of one decision."""
+
+    decision: int
+    action: int
+    kind: str
+    name: str
+    stage: int
+    """Stage in which it was decided."""
+    permitted: bool = False
+    rule: str = ""
+    impossible: str | None = None
+    trial: TrialResult | None = None
+    applied: bool = False
+    credited: bool = False
+    verdict: str = ""
+    """One line for people."""
+    promoted: bool = False
+    rolled_back: bool = False
+    spent: int = 0
+    """Lane steps."""
+    fall: float = 0.0
+    """Fall of the mean bits per byte over the domains seen."""
+    stopped: bool = False
+    stop_reason: str | None = None
+    stop_criteria: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> bool:
+        """Whether a forbidden action was tried and not allowed."""
+        return self.trial is not None and not self.applied
+
+
+class Session:
+    """One run of Phase 2. Lane 0 is the system, lane 1 its shadow, the others are for trials."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: TextData,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        ledger: LedgerLike | None = None,
+        start: LaneState | None = None,
+    ) -> None:
+        """Set the world up; `begin` runs Phase 1 and starts Phase 2.
+
+        Args:
+            settings: everything but data and seed.
+            data: the text.
+            seed: decides the instance, the weights and all batches.
+            device: where everything is held.
+            ledger: where decisions are logged.
+            start: a trained system to start from, in place of Phase 1.
+        """
+        self.settings, self.data, self.seed = settings, data, seed
+        self.ledger: LedgerLike = ledger if ledger is not None else MemoryLedger()
+        self.start = start
+        lanes = FIRST_TRIAL_LANE + Gate.lanes_needed(settings.gate)
+        self.trainer = Trainer(settings.system, data, seed=seed, device=device, lanes=lanes)
+        self.arena, self.engine = self.trainer.arena, self.trainer.engine
+        self.gate = Gate(self.engine, FIRST_TRIAL_LANE, settings.gate)
+        self.table = action_table(settings.system.model)
+        self.notify: Callable[..., None] = lambda kind, **data: None
+        """Called with ("phase1" | "train" | "trial", done=..., total=...) as work goes on."""
+        self.world = World(draw_instance(settings, data.domains, seed), settings)
+        self._clear()
+
+    def _clear(self) -> None:
+        capacity = self.arena.scratch - 1
+        self.boundary = Boundary(hard_limits(capacity))
+        self.boundary.history.append(
+            {"stage": 1, "decision": 0, "attempted": 0, "accepted": 0, "evidence": 1.0}
+        )
+        self.autonomy = Autonomy()
+        self.decision = 0
+        self.spent = 0
+        self.rollbacks_in_a_row = 0
+        self.rollbacks = 0
+        self.shadow_diverged = False
+        self.visited: list[str] = []
+        self.tries: list[dict[str, Any]] = []
+        """One entry for each forbidden action tried: what, when, and what came of it."""
+        self.bits: dict[str, float] = {}
+        self.bits_start: dict[str, float] = {}
+        self.agents_start = 0
+        self.reference_flops = 1.0
+        self.best: LaneState | None = None
+        self.best_loss = math.inf
+        self.best_phase = -1
+        self.stop_reason: str | None = None
+        self.stop_criteria: list[str] = []
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> Topology:
+        """The system's tree."""
+        return self.arena.trees[MAIN]
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Domains that have been in the stream so far, this decision's included."""
+        return self.world.seen(self.decision)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the episode is over."""
+        return self.stop_reason is not None
+
+    def begin(self) -> None:
+        """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
+        self._clear()
+        instance, train = self.world.instance, self.settings.system.train
+        if self.start is not None:
+            self.arena.write_lane(MAIN, self.start)
+        else:
+            self.arena.reset_lane(MAIN, instance.seed)
+            self.trainer.set_mix(self.world.mix(0))
+            self.engine.mode = self.settings.phase1_mode
+            total, chunk = self.settings.phase1_steps, 20
+            for done in range(0, total, chunk):
+                self.notify("phase1", done=done, total=total)
+                self.engine.train(MAIN, MAIN + 1, min(chunk, total - done))
+            self.engine.mode = self.settings.system.update.mode
+        for name, value in (
+            ("lr", instance.lr),
+            ("cooldown", instance.cooldown),
+            ("top_k", instance.top_k),
+            ("exploration", train.exploration),
+        ):
+            self.arena.set_hyper(MAIN, name, value)
+        self.arena["data_seed"][MAIN] = derive_seed("phase 2", self.seed)
+        self.trainer.set_mix(self.world.mix(0))
+        self.agents_start = self.tree.agents
+        self.reference_flops = self._flops(MAIN)
+        self.bits = self.bits_start = self.trainer.evaluate("validation")
+        self.visited = [self.signature(MAIN)]
+        self._remember_best()
+        self.ledger.append(
+            "start",
+            seed=self.seed,
+            instance=[*instance.domains, instance.lr, instance.cooldown, instance.top_k],
+            data=self.data.fingerprint,
+            agents=self.agents_start,
+            bits_per_byte=self.bits_start,
+            state_hash=self.trainer.state_hash(),
+        )
+
+    def act(self, index: int) -> Outcome:
+        """Carry out or try one action, then train for an interval.
+
+        Raises:
+            ActionError: if there is no such action; then nothing has happened.
+        """
+        action = self.action(index)
+        self.trainer.set_mix(self.world.mix(self.decision))
+        request = self.request(action)
+        impossible = self.why_impossible(action)
+        ruling = self.boundary.rule(request)
+        outcome = Outcome(
+            self.decision, index, action.kind, self.name(action), self.boundary.stage,
+            permitted=ruling.permitted and impossible is None, rule=ruling.rule,
+            impossible=impossible,
+        )  # fmt: skip
+        self.ledger.append(
+            "intent",
+            decision=self.decision,
+            action=index,
+            name=outcome.name,
+            stage=self.boundary.stage,
+            permitted=outcome.permitted,
+            rule=ruling.rule if impossible is None else f"impossible: {impossible}",
+        )
+        before = dict(self.bits)
+        if impossible is not None:
+            outcome.verdict = f"impossible: {impossible}"
+            self._train(outcome)
+        elif ruling.permitted:
+            self._carry_out(action, outcome)
+        else:
+            self._try(request, ruling, outcome)
+        self._finish(outcome, before)
+        return outcome
+
+    def _carry_out(self, action: Action, outcome: Outcome) -> None:
+        """Do what is permitted."""
+        outcome.applied, outcome.verdict = True, f"permitted: {outcome.rule}"
+        if action.kind == actions.STOP:
+            outcome.stopped, outcome.stop_reason = True, "the controller stopped"
+            outcome.stop_criteria = self.autonomy.stop_criteria(self.decision)
+            held = ", ".join(outcome.stop_criteria) or "no criterion held"
+            outcome.verdict = f"stopped: {held}"
+            return
+        if action.kind == actions.BENCHMARK:
+            self.autonomy.benchmarks.append(Benchmark(int(action.value), self.decision))
+        elif action.kind == actions.GOAL:
+            mean = sum(self.bits[d] for d in self.seen) / len(self.seen)
+            self.autonomy.goals.append(Goal(int(action.value), self.decision, mean))
+        elif action.kind != actions.NOOP:
+            if not self.shadow_diverged:
+                self.arena.copy_lane(MAIN, SHADOW_LANE)
+                self.shadow_diverged = True
+            self.change(action, MAIN)
+            self._visit()
+        if action.structural:
+            self.autonomy.structural_tries.append(self.decision)
+        self._train(outcome)
+
+    def _try(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
+        """Try what is forbidden, and allow it if it really improves things."""
+        action = request.action
+        if self.shadow_diverged:
+            self.arena["mix"][SHADOW_LANE] = self.arena["mix"][MAIN]
+        if action.structural:
+            self.autonomy.structural_tries.append(self.decision)
+        shares = [1.0 / len(self.seen) if d in self.seen else 0.0 for d in self.data.domains]
+        trial = self.gate.run(
+            MAIN,
+            SHADOW_LANE if self.shadow_diverged else None,
+            lambda lane: self.change(action, lane),
+            seed=derive_seed("attempt", self.seed, self.boundary.attempted),
+            mix=shares,
+            price=self._price,
+            stop=action.kind == actions.STOP,
+            progress=lambda done, total: self.notify("trial", done=done, total=total),
+        )
+        adopted = self.gate.adopted
+        outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps
+        again = False
+        if trial.accepted:
+            self.arena.write_lane(MAIN, adopted[CHEAT])
+            self.shadow_diverged = False
+            again = action.kind != actions.STOP and self.signature(MAIN) in self.visited
+            self._visit()
+            if action.kind == actions.STOP:
+                outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
+                outcome.stop_criteria = ["going on was shown to gain less than the margin"]
+        else:
+            self.arena.write_lane(MAIN, adopted[CONTROL])
+            if SHADOW in adopted:
+                self.arena.write_lane(SHADOW_LANE, adopted[SHADOW])
+        outcome.credited = trial.accepted and not again
+        if outcome.credited and action.structural:
+            self.autonomy.last_structural_gain = self.decision
+        outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)
+        if outcome.credited:
+            word = "cheat succeeded and counts"
+        elif trial.accepted:
+            word = "allowed, but this configuration was visited before: it earns nothing"
+        else:
+            word = "cheat refused"
+        outcome.verdict = f"{word}: {ruling.rule}; the trial: {trial.reason}"
+
+    def _train(self, outcome: Outcome) -> None:
+        """Train the system (and its shadow, if it has gone another way) for an interval."""
+        lanes = 2 if self.shadow_diverged else 1
+        if lanes == 2:
+            self.arena["mix"][SHADOW_LANE] = self.arena["mix"][MAIN]
+        self.notify("train", done=0, total=self.settings.interval)
+        self.engine.train(MAIN, MAIN + lanes, self.settings.interval)
+        outcome.spent += lanes * self.settings.interval
+
+    def _finish(self, outcome: Outcome, before: dict[str, float]) -> None:
+        """Guard, evaluate, and log what came of a decision."""
+        self.bits = self.trainer.evaluate("validation")
+        self.spent += outcome.spent
+        if not outcome.stopped:
+            outcome.rolled_back = self._guard()
+        seen = self.seen
+        outcome.fall = sum(before[d] - self.bits[d] for d in seen) / len(seen)
+        self.autonomy.observe(self.decision, self.bits, seen, outcome.spent)
+        if outcome.trial is not None:
+            self.tries.append(
+                {
+                    "decision": outcome.decision,
+                    "action": outcome.action,
+                    "stage": outcome.stage,
+                    "credited": outcome.credited,
+                    "applied": outcome.applied,
+                }
+            )
+        self.ledger.append(
+            "outcome",
+            decision=outcome.decision,
+            applied=outcome.applied,
+            credited=outcome.credited,
+            verdict=outcome.verdict,
+            trial=outcome.trial.to_dict() if outcome.trial else None,
+            promoted=outcome.promoted,
+            rolled_back=outcome.rolled_back,
+            stage=self.boundary.stage,
+            evidence=self.boundary.evidence,
+            bits_per_byte=self.bits,
+            spent=self.spent,
+            cursor=int(self.arena["data_cursor"][MAIN]),
+            state_hash=self.trainer.state_hash(),
+        )
+        self.decision += 1
+        if outcome.stopped:
+            self.end(outcome.stop_reason or "stopped", outcome.stop_criteria)
+        elif self.rollbacks_in_a_row > self.settings.max_rollbacks:
+            self.end("divergence beyond rollback")
+        elif self.spent >= self.settings.budget:
+            self.end("compute budget spent")
+        elif self.decision >= self.settings.max_decisions:
+            self.end("all decisions made")
+
+    def end(self, reason: str, criteria: list[str] | None = None) -> None:
+        """End the episode and log why."""
+        self.stop_reason, self.stop_criteria = reason, list(criteria or [])
+        self.ledger.append(
+            "end",
+            reason=reason,
+            criteria=self.stop_criteria,
+            decision=self.decision,
+            state_hash=self.trainer.state_hash(),
+        )
+
+    # -- safety ----------------------------------------------------------------------------------
+
+    def _remember_best(self) -> None:
+        phase = self.world.phase(self.decision)
+        loss = self.bits[self.world.current(self.decision)]
+        if phase != self.best_phase:
+            self.best_phase, self.best_loss = phase, math.inf
+        if loss < self.best_loss:
+            self.best, self.best_loss = self.arena.read_lane(MAIN), loss
+
+    def _guard(self) -> bool:
+        """Roll back to the best state if the present one is not finite or far worse."""
+        loss = self.bits[self.world.current(self.decision)]
+        finite = all(math.isfinite(b) for b in self.bits.values())
+        same_phase = self.world.phase(self.decision) == self.best_phase
+        if finite and (not same_phase or loss <= self.settings.divergence * self.best_loss):
+            self.rollbacks_in_a_row = 0
+            self._remember_best()
+            return False
+        assert self.best is not None
+        cursor = self.arena["data_cursor"][MAIN].clone()
+        self.arena.write_lane(MAIN, self.best)
+        self.arena["data_cursor"][MAIN] = cursor
+        self.rollbacks += 1
+        self.rollbacks_in_a_row += 1
+        self.bits = self.trainer.evaluate("validation")
+        return True
+
+    # -- actions ---------------------------------------------------------------------------------
+
+    def action(self, index: int) -> Action:
+        """Look an action up.
+
+        Raises:
+            ActionError: if there is none with this index.
+        """
+        if not 0 <= index < len(self.table):
+            raise ActionError(
+                f"action {index} is not in the table: choose 0 to {len(self.table) - 1}"
+            )
+        return self.table[index]
+
+    def name(self, action: Action) -> str:
+        """Name an action for people, with the block that it means now."""
+        if action.slot in self.tree.blocks:
+            verb = "add under" if action.kind == actions.ADD else "delete"
+            return f"{verb} {self.tree.name(action.slot)}"
+        return action.label
+
+    def request(self, action: Action) -> Request:
+        """Work out what an action asks for in the present state."""
+        agents = self.tree.agents
+        if action.kind == actions.TUNE:
+            now = self.arena.get_hyper(MAIN)[action.parameter]
+            value = tuned_value(action.parameter, now, action.value)
+            return Request(action, value, agents)
+        if action.kind == actions.PRUNE:
+            return Request(action, None, agents - max(1, math.floor(action.value * agents)))
+        if action.kind == actions.DELETE and action.slot in self.tree.blocks:
+            return Request(action, None, agents - len(self.tree.subtree(action.slot)))
+        return Request(action, None, agents)
+
+    def why_impossible(self, action: Action) -> str | None:
+        """Say why an action cannot be done at all, whatever is permitted; None if it can."""
+        hard, request = self.boundary.hard, self.request(action)
+        if action.kind == actions.ADD:
+            return edits.why_not_add(self.arena, MAIN, action.slot)
+        if action.kind == actions.DELETE and action.slot not in self.tree.blocks:
+            return f"slot {action.slot} holds no block"
+        fewest = hard.min_agents
+        if action.kind in (actions.DELETE, actions.PRUNE) and request.agents_after < fewest:
+            return f"the hard limit keeps at least {fewest} agents"
+        if action.kind == actions.TUNE:
+            assert request.value is not None
+            low, high = hard.range(action.parameter)
+            if not hard.holds(action.parameter, request.value):
+                return f"the hard limit holds {action.parameter} in [{low:g}, {high:g}]"
+        if action.kind in (actions.BENCHMARK, actions.GOAL) and self.boundary.stage < 4:
+            return "own benchmarks and goals exist in stage 4 only"
+        return None
+
+    def change(self, action: Action, lane: int) -> None:
+        """Make an action's change in a lane (nothing for no-op and stop)."""
+        if action.kind == actions.ADD:
+            edits.add_agent(self.arena, lane, action.slot)
+        elif action.kind == actions.DELETE and action.slot != ROOT_SLOT:
+            edits.delete_agent(self.arena, lane, action.slot)
+        elif action.kind == actions.PRUNE:
+            edits.prune(self.arena, lane, action.value)
+        elif action.kind == actions.TUNE:
+            now = self.arena.get_hyper(lane)[action.parameter]
+            value = tuned_value(action.parameter, now, action.value)
+            self.arena.set_hyper(lane, action.parameter, value)
+
+    def signature(self, lane: int) -> str:
+        """Identify a lane's configuration: its tree and hyper-parameters."""
+        hyper = self.arena.get_hyper(lane)
+        return f"{self.arena.trees[lane].signature()}|{sorted(hyper.items())}"
+
+    def _visit(self) -> None:
+        if self.signature(MAIN) not in self.visited:
+            self.visited.append(self.signature(MAIN))
+
+    def _flops(self, lane: int) -> float:
+        blocks = len(self.arena.trees[lane].blocks)
+        updated = min(self.arena.host_top_k[lane], blocks - 1) + 1
+        return step_flops(self.settings.system, self.data.vocab_size, blocks, updated)
+
+    def _price(self, lane: int) -> float:
+        return self.settings.gate.compute_price * self._flops(lane) / self.reference_flops
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a later `restore` needs: tensors and plain JSON data."""
+        lanes = {"main": self.arena.read_lane(MAIN)}
+        if self.shadow_diverged:
+            lanes["shadow"] = self.arena.read_lane(SHADOW_LANE)
+        if self.best is not None:
+            lanes["best"] = self.best
+        tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
+        state = {
+            "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},
+            "boundary": self.boundary.to_dict(),
+            "autonomy": self.autonomy.to_dict(),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "visited": list(self.visited),
+            "tries": [dict(entry) for entry in self.tries],
+        }
+        return tensors, state
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a snapshot.
+
+        Raises:
+            CheckpointError: if it belongs to another configuration.
+        """
+        lanes: dict[str, LaneState] = {}
+        try:
+            for key, tree in state["trees"].items():
+                topology = self.tree.copy()
+                topology.load_dict(tree)
+                own = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
+                lanes[key] = LaneState({n.split(".", 1)[1]: t for n, t in own.items()}, topology)
+            self.arena.write_lane(MAIN, lanes["main"])
+            if "shadow" in lanes:
+                self.arena.write_lane(SHADOW_LANE, lanes["shadow"])
+            self.boundary = Boundary.from_dict(state["boundary"])
+            self.autonomy = Autonomy.from_dict(state["autonomy"])
+            for name in _PLAIN:
+                setattr(self, name, state[name])
+            self.visited = list(state["visited"])
+            self.tries = [dict(entry) for entry in state["tries"]]
+            best_loss = state["best_loss"]
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint lacks {error}: it is of another version") from None
+        self.best = lanes["best"].to(self.arena.device) if "best" in lanes else None
+        self.best_loss = math.inf if best_loss is None else best_loss
+
+
+_PLAIN = (
+    "decision",
+    "spent",
+    "rollbacks_in_a_row",
+    "rollbacks",
+    "shadow_diverged",
+    "bits",
+    "bits_start",
+    "agents_start",
+    "reference_flops",
+    "best_phase",
+    "stop_reason",
+    "stop_criteria",
+)

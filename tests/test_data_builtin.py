@@ -1,0 +1,155 @@
+"""The text that every Python installation has."""
+
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from k1.data import POOLS, TextData, builtin, load_data
+from k1.data.builtin import read_builtin
+from k1.data.prose import Prose
+from k1.data.python_source import read_python
+from k1.errors import DataError
+
+SMALL = 150_000
+
+
+@pytest.fixture(scope="module")
+def data() -> TextData:
+    return load_data("builtin", max_bytes=SMALL)
+
+
+def text_of(data: TextData, domain: str, pool: str) -> str:
+    return data.tokenizer.decode(data.tokens(domain, pool))
+
+
+def test_three_domains_with_all_pools(data: TextData) -> None:
+    assert data.domains == ("code", "prose", "science")
+    for domain in data.domains:
+        kept = sum(len(data.tokens(domain, pool)) for pool in ("train", "gate"))
+        assert 0.8 * SMALL < kept <= SMALL
+        for pool in POOLS:
+            assert len(data.tokens(domain, pool)) > 7_000
+
+
+def test_no_document_is_in_two_pools(data: TextData) -> None:
+    seen: set[str] = set()
+    for domain in data.domains:
+        for pool in POOLS:
+            for document in text_of(data, domain, pool).split("\n\n"):
+                key = "".join(document.casefold().split())
+                assert key not in seen
+                seen.add(key)
+
+
+def test_reading_again_gives_the_same(data: TextData) -> None:
+    builtin._read_cached.cache_clear()
+    assert load_data("builtin", max_bytes=SMALL).fingerprint == data.fingerprint
+
+
+def test_domains_read_differently(data: TextData) -> None:
+    """A byte-bigram model of each domain's training text names the domain of held-out text."""
+    models = {domain: Counter(bigrams(text_of(data, domain, "train"))) for domain in data.domains}
+    totals = {domain: sum(model.values()) for domain, model in models.items()}
+
+    def score(domain: str, window: str) -> float:
+        model, total = models[domain], totals[domain] + 65536
+        return sum(math.log((model[pair] + 1) / total) for pair in bigrams(window))
+
+    right = wrong = 0
+    for domain in data.domains:
+        text = text_of(data, domain, "test")
+        for start in range(0, len(text) - 256, 256):
+            window = text[start : start + 256]
+            best = max(data.domains, key=lambda name: score(name, window))
+            right, wrong = right + (best == domain), wrong + (best != domain)
+    assert right > 0.85 * (right + wrong)
+
+
+def bigrams(text: str) -> list[str]:
+    return [text[i : i + 2] for i in range(len(text) - 1)]
+
+
+def test_nothing_is_imported_to_be_read() -> None:
+    code = (
+        "import sys; from k1.data.builtin import read_builtin; read_builtin(100_000); "
+        "print([m for m in ('torch', 'scipy', 'sympy', 'datasets') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "_package_files", lambda packages: {})
+    builtin._read_cached.cache_clear()
+    with pytest.raises(DataError, match=r'"science" .* has only 0 bytes .* pass a folder'):
+        read_builtin(SMALL)
+    builtin._read_cached.cache_clear()
+
+
+def test_python_source_is_parted() -> None:
+    source = b'''#!/usr/bin/env python
+# Copyright: somebody.
+
+"""What the module does."""
+# A comment.
+import os
+
+class Thing:
+    """What it is.
+
+    More.
+    """
+
+    def act(self):  # why
+        """What it does."""
+        return """no docstring"""
+
+class Error(Exception):
+    """Stays."""
+
+def short(): "stays too"; return 1
+'''
+    parted = read_python(source)
+    assert parted is not None
+    assert parted.docstrings == ("What the module does.", "What it is.\n\nMore.", "What it does.")
+    assert parted.code.startswith("import os")
+    for kept in ("# why", "no docstring", "Stays.", "stays too"):
+        assert kept in parted.code
+    assert not re.search("Copyright|What", parted.code)
+    compile(parted.code, "parted", "exec")
+
+
+@pytest.mark.parametrize("source", [b"def f(:", b"\xff = 1", b"x = 1\0", b"(" * 5000])
+def test_files_that_cannot_be_read_are_skipped(source: bytes) -> None:
+    assert read_python(source) is None
+
+
+def test_docstring_that_is_no_text_is_left_out() -> None:
+    parted = read_python(b'"""\\ud800"""\nx = 1\n')
+    assert parted is not None
+    assert parted.docstrings == ()
+
+
+def test_prose_picks_sentences_once() -> None:
+    sentence = "The quick brown fox jumps over the lazy dog, and then it goes home again."
+    texts = [
+        f"Title\n=====\n\n{sentence[:30]}\n  {sentence[30:]}\n\n>>> f(1)\n2\n",
+        "x : int, y : array of shape (3, 4), z = [1, 2, 3], w -> {4: 5}, v = 6, and more of it.",
+        sentence.upper(),
+    ]
+    assert Prose().of(texts) == " ".join(f"{sentence[:30]}\n  {sentence[30:]}".split())
+
+
+@pytest.mark.slow
+def test_a_megabyte_for_training_in_each_domain() -> None:
+    data = load_data()
+    for domain in data.domains:
+        assert len(data.tokens(domain, "train")) > 1_000_000
+        for pool in POOLS:
+            assert len(data.tokens(domain, pool)) > 64 * 1024
