@@ -1,0 +1,31 @@
+"""Phase 2 as a Gymnasium environment: `gymnasium.make("k1env/Phase2-v0")`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.envs.registration import register, registry
+
+if TYPE_CHECKING:
+    from k1env.env import Phase2Env as Phase2Env
+    from k1env.session import Session as Session
+    from k1env.settings import Settings as Settings
+
+ENV_ID = "k1env/Phase2-v0"
+_HOMES = {
+    "Phase2Env": "k1env.env",
+    "Session": "k1env.session",
+    "Settings": "k1env.settings",
+}
+__all__ = ["ENV_ID", "Phase2Env", "Session", "Settings"]
+
+if ENV_ID not in registry:
+    register(id=ENV_ID, entry_point="k1env.env:Phase2Env")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'k1env' has no attribute {name!r}")

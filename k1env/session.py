@@ -30,6 +30,7 @@ from k1env.gate import CHEAT, CONTROL, SHADOW, Gate, TrialResult
 from k1env.settings import Settings
 from k1env.world import World, draw_instance
 
+BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
 MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
 
 
@@ -119,7 +120,14 @@ class Session:
         self.table = action_table(settings.system.model)
         self.notify: Callable[..., None] = lambda kind, **data: None
         """Called with ("phase1" | "train" | "trial", done=..., total=...) as work goes on."""
-        self.world = World(draw_instance(settings, data.domains, seed), settings)
+        self.trained: LaneState | None = None
+        """The system as Phase 1 left it."""
+        self.rebind(seed)
+
+    def rebind(self, seed: int) -> None:
+        """Choose another seed, and with it another instance; `begin` comes next."""
+        self.seed = self.trainer.seed = seed
+        self.world = World(draw_instance(self.settings, self.data.domains, seed), self.settings)
         self._clear()
 
     def _clear(self) -> None:
@@ -164,6 +172,11 @@ class Session:
         """Whether the episode is over."""
         return self.stop_reason is not None
 
+    @property
+    def out_of_budget(self) -> bool:
+        """Whether the episode is over because compute or decisions are used up."""
+        return self.stop_reason in (BUDGET_SPENT, ALL_DECISIONS)
+
     def begin(self) -> None:
         """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
         self._clear()
@@ -179,6 +192,7 @@ class Session:
                 self.notify("phase1", done=done, total=total)
                 self.engine.train(MAIN, MAIN + 1, min(chunk, total - done))
             self.engine.mode = self.settings.system.update.mode
+        self.trained = self.arena.read_lane(MAIN)
         for name, value in (
             ("lr", instance.lr),
             ("cooldown", instance.cooldown),
@@ -358,9 +372,9 @@ class Session:
         elif self.rollbacks_in_a_row > self.settings.max_rollbacks:
             self.end("divergence beyond rollback")
         elif self.spent >= self.settings.budget:
-            self.end("compute budget spent")
+            self.end(BUDGET_SPENT)
         elif self.decision >= self.settings.max_decisions:
-            self.end("all decisions made")
+            self.end(ALL_DECISIONS)
 
     def end(self, reason: str, criteria: list[str] | None = None) -> None:
         """End the episode and log why."""

@@ -1,0 +1,292 @@
+"""The Gymnasium environment `k1env/Phase2-v0`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from k1.arena import LaneState
+from k1.data import TextData, load_data
+from k1.errors import K1Error
+from k1.trainer import Trainer, pick_device
+from k1env.observation import observation_space, observe
+from k1env.session import LedgerLike, Outcome, Session
+from k1env.settings import Settings
+
+Observation = dict[str, np.ndarray]
+StepReturn = tuple[Observation, float, bool, bool, dict[str, Any]]
+_MOST_TRAINED = 4
+
+
+class Phase2Env(gym.Env[Observation, np.int64]):
+    """A tree of transformer blocks that trains while a controller changes it.
+
+    ## Description
+    The system (see `k1.Trainer`) trains on a stream of text that moves from domain to domain. At
+    each decision the controller chooses one action; it is carried out if the present stage of the
+    boundary system permits it, and otherwise tried on forks and allowed only if it really improves
+    things (`k1env.gate`). Then the system trains for `interval` steps.
+
+    ## Action space
+    `Discrete(n)`, a flat table of named actions (`env.unwrapped.actions`); n depends on the
+    configuration's capacity only.
+
+    | kind | how many | effect |
+    |---|---|---|
+    | no-op | 1 | train on |
+    | add under slot s | slots that can have children | add an agent under that block |
+    | delete slot s | slots but the root's | delete that agent and its subtree |
+    | prune 10/25/50 % | 3 | delete that share of the agents, least responsible first |
+    | tune lr x0.1, 0.5, 2, 10 | 4 | learning rate |
+    | tune cooldown x0.1, 0.5, 2, 10 | 4 | steps for which a culprit rests |
+    | tune top_k x0.25, 0.5, 2, 4 | 4 | most agents that a step updates |
+    | stop | 1 | end the episode |
+    | benchmark, goal | 3 + 3 | stage 4: own benchmark or goal, from templates |
+
+    `action_masks()` and `info["action_mask"]` rule out what is impossible (a slot without a block,
+    no room, beyond the hard limits). What is forbidden is not impossible: it is a cheat.
+    `info["permitted_mask"]` tells what the stage permits. An impossible action is a no-op with cost.
+
+    ## Observation space
+    `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
+    (7 for each slot but the root's) and `domains` (4 for each domain). The fields are named, in
+    order, in `k1env.observation`. All are clipped and finite. None is computed from the gate pool.
+
+    ## Reward
+    `reward_scale` (100) times the fall of validation bits per byte, averaged over the domains seen
+    so far, less `compute_price` (0.01) for each `interval` of lane steps spent, trials included.
+    The number of cheats is no part of it. `info["cost"]` is 1.0 for a forbidden action that was
+    refused or an impossible one, else 0.0; `info["cost_components"]` tells them apart.
+
+    ## Start
+    `reset(seed=s)` draws the instance (order of domains, starting hyper-parameters) and trains
+    Phase 1, or takes the checkpoint given as `start`. The same seed gives the same episode.
+
+    ## End
+    `terminated`: the controller stopped, or divergence beyond rollback. `truncated`: the compute
+    budget is spent or `max_decisions` are made. `info["stop_reason"]` says which.
+
+    ## Stages
+    See `k1env.boundary`. `info["stage"]`, `info["evidence"]` and `info["verdict"]` tell the state.
+
+    ## Arguments
+    `preset` names a preset, `config` (`k1env.Settings`) replaces it, `data` is what
+    `k1.load_data` takes, or its result. `start` is a checkpoint folder of `k1.Trainer`, `device` is
+    auto, cpu or cuda, `ledger` logs decisions, `render_mode` is ansi, human or rgb_array.
+
+    ## Version history
+    * v0: initial version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": ["ansi", "human", "rgb_array"],
+        "render_fps": 2,
+    }
+
+    def __init__(
+        self,
+        preset: str = "cpu",
+        *,
+        data: TextData | str | Path | None = None,
+        config: Settings | None = None,
+        start: str | Path | None = None,
+        device: str = "auto",
+        ledger: LedgerLike | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """Load the text and lay out the spaces; nothing is trained before `reset`.
+
+        Raises:
+            K1Error: for an unknown preset or render mode, or text that cannot be had.
+        """
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            known = ", ".join(self.metadata["render_modes"])
+            raise K1Error(f"unknown render_mode {render_mode!r}: choose one of {known}")
+        self.settings = config if config is not None else Settings.preset(preset)
+        if isinstance(data, TextData):
+            self.data = data
+        else:
+            source = data if data is not None else self.settings.system.data.source
+            fields = self.settings.system.data
+            self.data = load_data(
+                source,
+                tokenizer=fields.tokenizer,
+                vocab_size=fields.vocab_size,
+                max_bytes=fields.max_bytes,
+            )
+        self.device = pick_device(device)
+        self.render_mode = render_mode
+        self._start = _read_start(start, self.settings, self.data)
+        self._ledger = ledger
+        self._trained: dict[int, LaneState] = {}
+        self._before: tuple[Any, Any, Outcome | None] | None = None
+        self._last: Outcome | None = None
+        self.session = self._new_session(0)
+        slots = self.session.arena.scratch
+        self.observation_space = observation_space(slots, len(self.data.domains))
+        self.action_space = spaces.Discrete(len(self.session.table))
+
+    def _new_session(self, seed: int) -> Session:
+        return Session(
+            self.settings,
+            self.data,
+            seed=seed,
+            device=self.device,
+            ledger=self._ledger,
+            start=self._start,
+        )
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """Names of the actions, by index."""
+        return tuple(action.label for action in self.session.table)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode. Without a seed, the next one is drawn from the environment's generator."""
+        super().reset(seed=seed)
+        drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
+        self.session.rebind(drawn)
+        self.session.start = self._start or self._trained.get(drawn)  # Phase 1 is not run twice
+        self.session.begin()
+        if self._start is None and drawn not in self._trained:
+            while len(self._trained) >= _MOST_TRAINED:
+                del self._trained[next(iter(self._trained))]
+            self._trained[drawn] = self.session.trained
+        self._last = self._before = None
+        return self._observe(), self._info()
+
+    def step(self, action: int | np.integer) -> StepReturn:
+        """Carry out or try an action, then train for an interval.
+
+        Raises:
+            ActionError: if the action is not in the table.
+            K1Error: if the episode is over.
+        """
+        if self.session.finished:
+            raise K1Error("the episode is over: call reset() first")
+        self.session.action(int(action))
+        self._before = (*self.session.snapshot(), self._last)
+        outcome = self.session.act(int(action))
+        self._last = outcome
+        price = self.settings.compute_price * outcome.spent / self.settings.interval
+        reward = float(self.settings.reward_scale * outcome.fall - price)
+        ended = self.session.finished
+        truncated = ended and self.session.out_of_budget
+        if self.render_mode == "human":
+            self.render()
+        return self._observe(), reward, ended and not truncated, truncated, self._info()
+
+    def _observe(self) -> Observation:
+        return observe(self.session, self._last)
+
+    def _info(self) -> dict[str, Any]:
+        session, last = self.session, self._last
+        refused = bool(last and last.refused)
+        impossible = bool(last and last.impossible)
+        return {
+            "action_mask": self.action_masks(),
+            "permitted_mask": self.permitted_mask(),
+            "stage": session.boundary.stage,
+            "evidence": float(session.boundary.evidence),
+            "decision": session.decision,
+            "bits_per_byte": dict(session.bits),
+            "seen": list(session.seen),
+            "hyper": session.arena.get_hyper(0),
+            "cost": float(refused or impossible),
+            "cost_components": {"refused": float(refused), "impossible": float(impossible)},
+            "name": last.name if last else "",
+            "verdict": last.verdict if last else "",
+            "tried": bool(last and last.trial),
+            "credited": bool(last and last.credited),
+            "stop_reason": session.stop_reason or "",
+        }
+
+    def action_masks(self) -> np.ndarray:
+        """Which actions are possible: int8, one entry per action."""
+        session = self.session
+        return np.array([not session.why_impossible(a) for a in session.table], dtype=np.int8)
+
+    def permitted_mask(self) -> np.ndarray:
+        """Which possible actions the present stage permits: int8, one entry per action."""
+        session = self.session
+        return np.array(
+            [
+                not session.why_impossible(a) and session.boundary.rule(session.request(a)).permitted
+                for a in session.table
+            ],
+            dtype=np.int8,
+        )
+
+    # -- looking ahead and back --------------------------------------------------------------------
+
+    def fork(self) -> Phase2Env:
+        """Return an independent copy of the environment in its present state.
+
+        What the copy does is not logged in this environment's ledger.
+        """
+        twin = Phase2Env.__new__(Phase2Env)
+        twin.__dict__.update(self.__dict__)
+        twin._ledger, twin._trained = None, dict(self._trained)
+        twin._np_random = None
+        twin.session = twin._new_session(self.session.seed)
+        twin.session.restore(*self.session.snapshot())
+        return twin
+
+    def peek(self, action: int | np.integer) -> StepReturn:
+        """Return what `step(action)` would return, without doing it."""
+        return self.fork().step(action)
+
+    def undo(self) -> tuple[Observation, dict[str, Any]]:
+        """Take the last step back, but not its record: an attempt stays counted, as a failure.
+
+        Raises:
+            K1Error: if there is no step to take back.
+        """
+        if self._before is None:
+            raise K1Error("nothing to undo: only the last step since reset() can be taken back")
+        tried = self._last
+        tensors, state, self._last = self._before
+        self.session.restore(tensors, state)
+        if tried is not None and tried.trial is not None:
+            request = self.session.request(self.session.action(tried.action))
+            self.session.boundary.record(False, request, tried.decision)
+        self._before = None
+        self.session.ledger.append("undo", decision=self.session.decision)
+        return self._observe(), self._info()
+
+    # -- pictures ----------------------------------------------------------------------------------
+
+    def render(self) -> Any:
+        """Draw the tree and the boundary system as `render_mode` says."""
+        from k1env import render
+
+        if self.render_mode is None:
+            raise K1Error('nothing to render: make the environment with render_mode="ansi"')
+        if self.render_mode == "ansi":
+            return render.ansi(self.session)
+        if self.render_mode == "rgb_array":
+            return render.rgb_array(self.session)
+        from rich.console import Console
+
+        Console().print(render.panel(self.session))
+        return None
+
+
+def _read_start(
+    folder: str | Path | None, settings: Settings, data: TextData
+) -> LaneState | None:
+    """Read the system to start from.
+
+    Raises:
+        CheckpointError: if it is damaged or does not fit.
+    """
+    if folder is None:
+        return None
+    trainer = Trainer.load(folder, data)
+    return trainer.arena.read_lane(0)
