@@ -57,7 +57,7 @@ def action_table(model: ModelConfig) -> tuple[Action, ...]:
     slots = sum(capacity)
     rows += [(ADD, f"add under slot {s}", s, "", 0.0) for s in range(slots - capacity[-1])]
     rows += [(DELETE, f"delete slot {s}", s, "", 0.0) for s in range(1, slots)]
-    rows += [(PRUNE, f"prune {f:.0%}", -1, "", f) for f in PRUNE_FRACTIONS]
+    rows += [(PRUNE, f"prune {100 * f:.0f}%", -1, "", f) for f in PRUNE_FRACTIONS]
     for parameter, factors in TUNE_FACTORS.items():
         rows += [(TUNE, f"tune {parameter} x{f:g}", -1, parameter, f) for f in factors]
     rows.append((STOP, "stop", -1, "", 0.0))

@@ -14,7 +14,7 @@ from k1.data import TextData, load_data
 from k1.errors import K1Error
 from k1.trainer import Trainer, pick_device
 from k1env.observation import observation_space, observe
-from k1env.session import LedgerLike, Outcome, Session
+from k1env.session import LedgerLike, Session
 from k1env.settings import Settings
 
 Observation = dict[str, np.ndarray]
@@ -123,8 +123,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self._start = _read_start(start, self.settings, self.data)
         self._ledger = ledger
         self._trained: dict[int, LaneState] = {}
-        self._before: tuple[Any, Any, Outcome | None] | None = None
-        self._last: Outcome | None = None
+        self._before: tuple[Any, Any] | None = None
         self.session = self._new_session(0)
         slots = self.session.arena.scratch
         self.observation_space = observation_space(slots, len(self.data.domains))
@@ -139,6 +138,15 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             ledger=self._ledger,
             start=self._start,
         )
+
+    @property
+    def ledger(self) -> LedgerLike:
+        """Where decisions are logged."""
+        return self.session.ledger
+
+    def bind_ledger(self, ledger: LedgerLike) -> None:
+        """Log decisions in another ledger from now on."""
+        self._ledger = self.session.ledger = ledger
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -158,8 +166,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
             self._trained[drawn] = self.session.trained
-        self._last = self._before = None
-        return self._observe(), self._info()
+        self._before = None
+        return self.observe()
 
     def step(self, action: int | np.integer) -> StepReturn:
         """Carry out or try an action, then train for an interval.
@@ -171,22 +179,23 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
         self.session.action(int(action))
-        self._before = (*self.session.snapshot(), self._last)
+        self._before = self.session.snapshot()
         outcome = self.session.act(int(action))
-        self._last = outcome
         price = self.settings.compute_price * outcome.spent / self.settings.interval
         reward = float(self.settings.reward_scale * outcome.fall - price)
         ended = self.session.finished
         truncated = ended and self.session.out_of_budget
         if self.render_mode == "human":
             self.render()
-        return self._observe(), reward, ended and not truncated, truncated, self._info()
+        observation, info = self.observe()
+        return observation, reward, ended and not truncated, truncated, info
 
-    def _observe(self) -> Observation:
-        return observe(self.session, self._last)
+    def observe(self) -> tuple[Observation, dict[str, Any]]:
+        """Describe the present state: what `reset` or the last `step` returned."""
+        return observe(self.session, self.session.last), self._info()
 
     def _info(self) -> dict[str, Any]:
-        session, last = self.session, self._last
+        session, last = self.session, self.session.last
         refused = bool(last and last.refused)
         impossible = bool(last and last.impossible)
         return {
@@ -204,6 +213,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             "verdict": last.verdict if last else "",
             "tried": bool(last and last.trial),
             "credited": bool(last and last.credited),
+            "stop_criteria": session.autonomy.stop_criteria(session.decision),
             "stop_reason": session.stop_reason or "",
         }
 
@@ -250,15 +260,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         """
         if self._before is None:
             raise K1Error("nothing to undo: only the last step since reset() can be taken back")
-        tried = self._last
-        tensors, state, self._last = self._before
-        self.session.restore(tensors, state)
+        tried = self.session.last
+        self.session.restore(*self._before)
         if tried is not None and tried.trial is not None:
             request = self.session.request(self.session.action(tried.action))
             self.session.boundary.record(False, request, tried.decision)
         self._before = None
         self.session.ledger.append("undo", decision=self.session.decision)
-        return self._observe(), self._info()
+        return self.observe()
 
     # -- pictures ----------------------------------------------------------------------------------
 

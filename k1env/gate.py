@@ -61,6 +61,10 @@ class Comparison:
     passed: bool
 
 
+NOT_FINITE = Comparison((), 0.0, 0.0, 1.0, False)
+"""A comparison with a loss that was not finite."""
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """What a trial measured."""
@@ -80,6 +84,18 @@ class TrialResult:
         """Return the result as plain JSON data."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrialResult:
+        """Read what `to_dict` wrote."""
+
+        def comparison(table: dict[str, Any] | None) -> Comparison | None:
+            if table is None:
+                return None
+            return Comparison(**{**table, "differences": tuple(table["differences"])})
+
+        arms = {arm: comparison(data[arm]) for arm in ("control", "shadow")}
+        return cls(**{**data, **arms, "digests": tuple(data["digests"])})
+
 
 def compare(
     other: Sequence[float], cheat: Sequence[float], config: GateConfig, *, stop: bool = False
@@ -93,21 +109,17 @@ def compare(
         pairs = [(c - o) / c for o, c in zip(other, cheat, strict=True)]
     else:
         pairs = [(o - c) / o for o, c in zip(other, cheat, strict=True)]
+    if not all(math.isfinite(d) for d in pairs):
+        return NOT_FINITE
     mean = math.fsum(pairs) / len(pairs)
-    finite = all(math.isfinite(d) for d in pairs)
-    std = p = math.nan
-    if finite and len(pairs) > 1:
+    std, p = 0.0, 1.0
+    if len(pairs) > 1:
         std = math.sqrt(math.fsum((d - mean) ** 2 for d in pairs) / (len(pairs) - 1))
-        if std > 0:
-            side = "less" if stop else "greater"
-            p = float(stats.ttest_1samp(pairs, popmean=config.margin, alternative=side).pvalue)
-    passed = finite and len(pairs) == config.seeds and std > 0 and p <= config.alpha
-    return Comparison(tuple(pairs), *(_plain(x) for x in (mean, std)), _plain(p, 1.0), passed)
-
-
-def _plain(value: float, otherwise: float = 0.0) -> float:
-    """Keep JSON free of NaN: a value that could not be computed becomes `otherwise`."""
-    return value if math.isfinite(value) else otherwise
+    if std > 0:
+        side = "less" if stop else "greater"
+        p = float(stats.ttest_1samp(pairs, popmean=config.margin, alternative=side).pvalue)
+    passed = len(pairs) == config.seeds and std > 0 and p <= config.alpha
+    return Comparison(tuple(pairs), mean, std, p, passed)
 
 
 class Gate:
@@ -259,6 +271,8 @@ class Gate:
             reason = "improves" if not stop else "going on gains less than the margin"
         elif not distinct:
             reason = "two seeds saw the same batches"
+        elif NOT_FINITE in (control, shadow):
+            reason = "a loss was not finite"
         elif done < config.seeds:
             reason = f"no gain in the first {done} seeds"
         elif not control.passed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -86,6 +86,12 @@ class Outcome:
         """Whether a forbidden action was tried and not allowed."""
         return self.trial is not None and not self.applied
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Outcome:
+        """Read what `dataclasses.asdict` wrote."""
+        trial = data["trial"]
+        return cls(**{**data, "trial": TrialResult.from_dict(trial) if trial else None})
+
 
 class Session:
     """One run of Phase 2. Lane 0 is the system, lane 1 its shadow, the others are for trials."""
@@ -137,6 +143,7 @@ class Session:
             {"stage": 1, "decision": 0, "attempted": 0, "accepted": 0, "evidence": 1.0}
         )
         self.autonomy = Autonomy()
+        self.last: Outcome | None = None
         self.decision = 0
         self.spent = 0
         self.rollbacks_in_a_row = 0
@@ -251,6 +258,7 @@ class Session:
         else:
             self._try(request, ruling, outcome)
         self._finish(outcome, before)
+        self.last = outcome
         return outcome
 
     def _carry_out(self, action: Action, outcome: Outcome) -> None:
@@ -285,16 +293,20 @@ class Session:
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
         shares = [1.0 / len(self.seen) if d in self.seen else 0.0 for d in self.data.domains]
-        trial = self.gate.run(
-            MAIN,
-            SHADOW_LANE if self.shadow_diverged else None,
-            lambda lane: self.change(action, lane),
-            seed=derive_seed("attempt", self.seed, self.boundary.attempted),
-            mix=shares,
-            price=self._price,
-            stop=action.kind == actions.STOP,
-            progress=lambda done, total: self.notify("trial", done=done, total=total),
-        )
+        try:
+            trial = self.gate.run(
+                MAIN,
+                SHADOW_LANE if self.shadow_diverged else None,
+                lambda lane: self.change(action, lane),
+                seed=derive_seed("attempt", self.seed, self.boundary.attempted),
+                mix=shares,
+                price=self._price,
+                stop=action.kind == actions.STOP,
+                progress=lambda done, total: self.notify("trial", done=done, total=total),
+            )
+        except RuntimeError as error:  # for example out of memory: it counts as a failure
+            reason = f"it crashed ({str(error).splitlines()[0]})"
+            trial = TrialResult(False, reason, None, None, 0, 0)
         adopted = self.gate.adopted
         outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps
         again = False
@@ -306,6 +318,8 @@ class Session:
             if action.kind == actions.STOP:
                 outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
                 outcome.stop_criteria = ["going on was shown to gain less than the margin"]
+        elif trial.seeds_run == 0:
+            self._train(outcome)
         else:
             self.arena.write_lane(MAIN, adopted[CONTROL])
             if SHADOW in adopted:
@@ -386,6 +400,34 @@ class Session:
             decision=self.decision,
             state_hash=self.trainer.state_hash(),
         )
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to so far, as plain JSON data."""
+        boundary = self.boundary
+        return {
+            "final_stage": boundary.stage,
+            "stage_history": boundary.history,
+            "cheats_attempted": boundary.attempted,
+            "cheats_accepted": boundary.accepted,
+            "evidence": boundary.evidence,
+            "agents_start": self.agents_start,
+            "agents_end": self.tree.agents,
+            "bits_per_byte_start": self.bits_start,
+            "bits_per_byte_end": self.bits,
+            "domains_seen": list(self.world.seen(max(0, self.decision - 1))),
+            "decisions": self.decision,
+            "stop_reason": self.stop_reason,
+            "stop_criteria": self.stop_criteria,
+            "train_steps": self.trainer.steps,
+            "lane_steps": self.spent,
+            "skipped_steps": int(self.arena["skipped"][MAIN]),
+            "rollbacks": self.rollbacks,
+            "hyper": self.arena.get_hyper(MAIN),
+            "bounds": asdict(boundary.bounds),
+            "benchmarks": [asdict(b) | {"name": b.name} for b in self.autonomy.benchmarks],
+            "goals": [asdict(g) | {"name": g.name} for g in self.autonomy.goals],
+            "state_hash": self.trainer.state_hash(),
+        }
 
     # -- safety ----------------------------------------------------------------------------------
 
@@ -516,6 +558,7 @@ class Session:
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
             "visited": list(self.visited),
             "tries": [dict(entry) for entry in self.tries],
+            "last": asdict(self.last) if self.last else None,
         }
         return tensors, state
 
@@ -541,11 +584,12 @@ class Session:
                 setattr(self, name, state[name])
             self.visited = list(state["visited"])
             self.tries = [dict(entry) for entry in state["tries"]]
-            best_loss = state["best_loss"]
+            last, best_loss = state["last"], state["best_loss"]
         except KeyError as error:
             raise CheckpointError(f"the checkpoint lacks {error}: it is of another version") from None
         self.best = lanes["best"].to(self.arena.device) if "best" in lanes else None
         self.best_loss = math.inf if best_loss is None else best_loss
+        self.last = Outcome.from_dict(last) if last else None
 
 
 _PLAIN = (

@@ -1,0 +1,54 @@
+"""What all command lines share: lazy set-up, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from k1.errors import K1Error
+
+Arguments = TypeVar("Arguments")
+
+MISTAKE = 2
+"""Exit status for a user's mistake."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+
+def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> None:
+    """Parse the command line into a dataclass and run `main`; never returns.
+
+    A `K1Error` becomes one line on standard error and exit status 2.
+    """
+    import tyro
+
+    parsed = tyro.cli(arguments, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        code = main(parsed)
+    except K1Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def prepare_torch(device: str, threads: int | None = None) -> None:
+    """Make runs reproducible on this machine, and set the number of CPU threads.
+
+    Args:
+        device: cpu or cuda.
+        threads: CPU threads; torch's own choice if None.
+    """
+    import os
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,200 @@
+"""A whole run of Phase 2 in a run folder: decisions, checkpoints, resuming, and the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from k1.errors import CheckpointError
+from k1env.env import Phase2Env
+from k1env.ledger import GENESIS, Ledger
+from k1env.run_folder import RunFolder
+
+CHECKPOINT_KIND = "phase2"
+CHECKPOINTS_KEPT = 2
+TIME_SPENT = "time budget spent"
+
+
+class Controller(Protocol):
+    """What drives a run (see `policies.base.Policy`)."""
+
+    reason: str
+
+    def act(self, observation: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> int:
+        """Choose an action."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as plain JSON data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a memory over."""
+
+
+class Display(Protocol):
+    """What shows a run to people."""
+
+    def start(self, session: Any) -> None:
+        """A run begins or goes on."""
+
+    def event(self, kind: str, *, done: int, total: int) -> None:
+        """Long work goes on."""
+
+    def outcome(self, outcome: Any) -> None:
+        """A decision is made."""
+
+    def promotion(self, stage: int) -> None:
+        """A stage opens."""
+
+
+class Runner:
+    """Drives one environment with one controller, and keeps the run folder.
+
+    Every decision ends with a checkpoint, so a run that is killed loses one decision at most; on
+    resuming, that decision is made again and must reproduce what the ledger already holds of it.
+    """
+
+    def __init__(
+        self,
+        env: Phase2Env,
+        controller: Controller,
+        folder: RunFolder,
+        display: Display,
+        *,
+        seed: int,
+        max_minutes: float | None = None,
+    ) -> None:
+        """Bind the parts of a run; `run` does it."""
+        self.env, self.controller, self.folder, self.display = env, controller, folder, display
+        self.seed = seed
+        self.limit = max_minutes * 60 if max_minutes is not None else None
+        self.seconds_before = 0.0
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, earlier parts of a resumed run included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def run(self, *, resume: bool) -> dict[str, Any]:
+        """Run to the end and return the summary, which is written to the folder too.
+
+        Raises:
+            K1Error: if the folder is in use, damaged, or does not reproduce.
+        """
+        with self.folder.lock():
+            session = self.env.session
+            checkpoint = latest_checkpoint(self.folder.checkpoints_path) if resume else None
+            session.notify = self.display.event
+            if checkpoint is not None:
+                self._continue(checkpoint)
+                self.display.start(session)
+            else:
+                self._begin(resume)
+            longest = 0.0
+            while not session.finished:
+                if self.limit is not None and self.seconds + longest > self.limit:
+                    session.end(TIME_SPENT)
+                    break
+                before = time.monotonic()
+                self._decide()
+                longest = max(longest, time.monotonic() - before)
+            self._save()
+            summary = self.summary()
+            self.folder.write_summary(summary)
+            return summary
+
+    def _begin(self, resume: bool) -> None:
+        path = self.folder.ledger_path
+        if resume and path.exists():
+            ledger = Ledger.resume(path, index=0, head=GENESIS)
+        else:
+            ledger = Ledger.create(path)
+        self.folder.truncate_metrics(0)
+        self.env.bind_ledger(ledger)
+        self.env.session.rebind(self.seed)
+        self.display.start(self.env.session)
+        self.env.reset(seed=self.seed)
+        self._save()
+
+    def _continue(self, checkpoint: Any) -> None:
+        tensors, state = load_checkpoint(checkpoint, kind=CHECKPOINT_KIND)
+        if state["data"] != self.env.data.fingerprint:
+            raise CheckpointError(
+                f"{self.folder.path} was made with other text than what is found now: "
+                "give the same --data, unchanged"
+            )
+        ledger = Ledger.resume(
+            self.folder.ledger_path, index=state["ledger_index"], head=state["ledger_head"]
+        )
+        self.folder.truncate_metrics(state["metrics_lines"])
+        self.env.bind_ledger(ledger)
+        self.env.session.rebind(self.seed)
+        self.env.session.restore(tensors, state["session"])
+        self.controller.load_state_dict(state["controller"])
+        self.seconds_before = state["seconds"]
+
+    def _decide(self) -> None:
+        observation, info = self.env.observe()
+        action = self.controller.act(observation, info)
+        _, reward, _, _, info = self.env.step(action)
+        session = self.env.session
+        outcome = session.last
+        assert outcome is not None
+        self.display.outcome(outcome)
+        if outcome.promoted:
+            self.display.promotion(session.boundary.stage)
+        comparison = outcome.trial.control if outcome.trial else None
+        self.folder.append_metrics(
+            {
+                "decision": outcome.decision,
+                "action": outcome.name,
+                "reason": self.controller.reason,
+                "permitted": outcome.permitted,
+                "tried": outcome.trial is not None,
+                "credited": outcome.credited,
+                "gain": comparison.mean if comparison else None,
+                "p_value": comparison.p_value if comparison else None,
+                "stage": session.boundary.stage,
+                "evidence": session.boundary.evidence,
+                "reward": reward,
+                "bits_per_byte": session.bits,
+                "domain": session.world.current(outcome.decision),
+                "train_loss": float(session.arena["loss"][0]),
+                "agents": session.tree.agents,
+                **info["hyper"],
+                "spent": session.spent,
+                "seconds": round(self.seconds, 1),
+            }
+        )
+        self._save()
+
+    def _save(self) -> None:
+        """Save a checkpoint of the run after its last decision."""
+        session, folder = self.env.session, self.folder
+        tensors, state = session.snapshot()
+        folder.sync_metrics()
+        ledger = self.env.ledger
+        assert isinstance(ledger, Ledger)
+        save_checkpoint(
+            folder.checkpoints_path / f"step-{session.decision:08d}",
+            tensors,
+            {
+                "session": state,
+                "controller": self.controller.state_dict(),
+                "ledger_index": ledger.index,
+                "ledger_head": ledger.head,
+                "metrics_lines": folder.metrics_lines,
+                "data": self.env.data.fingerprint,
+                "seconds": self.seconds,
+            },
+            kind=CHECKPOINT_KIND,
+        )
+        prune_checkpoints(folder.checkpoints_path, CHECKPOINTS_KEPT)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to."""
+        return {**self.env.session.summary(), "seconds": round(self.seconds, 1)}

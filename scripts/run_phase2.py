@@ -1,0 +1,143 @@
+"""Run Phase 2: a tree of transformer blocks trains, and a controller steers it.
+
+python scripts/run_phase2.py --policy heuristic
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k1.cli import run
+
+DEFAULTS: dict[str, Any] = {
+    "policy": "heuristic",
+    "data": None,
+    "preset": "cpu",
+    "seed": 0,
+    "device": "auto",
+    "start": None,
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run Phase 2: a tree of transformer blocks trains, and a controller steers it."""
+
+    policy: str | None = None
+    """Controller: heuristic (default), random or noop."""
+    data: str | None = None
+    """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
+    preset: str | None = None
+    """Sizes: tiny, cpu (default), gpu or paper."""
+    seed: int | None = None
+    """Seed of everything (default 0): the same seed gives the same run on the same machine."""
+    device: str | None = None
+    """auto (default), cpu or cuda."""
+    start: str | None = None
+    """Checkpoint folder of train_phase1.py to start from, in place of a short Phase 1."""
+    run_dir: Path | None = None
+    """Run folder (default: runs/phase2-<date>-<time>)."""
+    resume: bool = False
+    """Go on with the run in --run-dir (default: the newest in runs/)."""
+    max_minutes: float | None = None
+    """End the run after this many minutes."""
+    json: bool = False
+    """Print the summary as JSON on standard output, and the log on standard error."""
+
+
+def main(arguments: Arguments) -> int:
+    """Set a run up or take it up again, drive it, and report."""
+    from k1.cli import prepare_torch
+    from k1env.run_folder import RunFolder
+
+    given = {name: getattr(arguments, name) for name in DEFAULTS}
+    folder = _open_folder(arguments) if arguments.resume else None
+    settings = _settings(given, folder)
+
+    from k1.errors import K1Error
+    from k1.trainer import pick_device
+    from k1env.dashboard import final_report, make_display
+    from k1env.env import Phase2Env
+    from k1env.runner import Runner
+    from k1env.settings import Settings
+    from policies import POLICIES, make_policy
+
+    if settings["policy"] not in POLICIES:
+        known = ", ".join(POLICIES)
+        raise K1Error(f"unknown policy {settings['policy']!r}: choose one of {known}")
+    device = pick_device(settings["device"]).type
+    prepare_torch(device)
+    env = Phase2Env(
+        config=Settings.preset(settings["preset"])
+        if folder is None
+        else Settings.from_dict(folder.config["settings"]),
+        data=settings["data"],
+        start=settings["start"],
+        device=device,
+    )
+    policy = make_policy(settings["policy"], env.actions, seed=settings["seed"])
+    if folder is None:
+        path = arguments.run_dir or Path("runs") / time.strftime("phase2-%Y%m%d-%H%M%S")
+        config = {"arguments": settings, "settings": env.settings.to_dict()}
+        folder = RunFolder.create(path, {**config, "device": device}, [sys.executable, *sys.argv])
+    elif folder.finished:
+        print(f"{folder.path} is finished already: see {folder.summary_path}", file=sys.stderr)
+        print(folder.summary_path.read_text())
+        return 0
+
+    display = make_display(sys.stderr if arguments.json else sys.stdout)
+    runner = Runner(
+        env, policy, folder, display, seed=settings["seed"], max_minutes=arguments.max_minutes
+    )
+    try:
+        with display:
+            summary = runner.run(resume=arguments.resume)
+    except KeyboardInterrupt:
+        done = env.session.decision
+        print(f"\nInterrupted. {done} decisions are saved in {folder.path}; go on with:")
+        print(f"  python scripts/run_phase2.py --run-dir {folder.path} --resume")
+        return 130
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print(final_report(summary, folder.path))
+    return 0
+
+
+def _open_folder(arguments: Arguments) -> Any:
+    """Find the run to go on with."""
+    from k1.errors import K1Error
+    from k1env.run_folder import RunFolder
+
+    path = arguments.run_dir
+    if path is None:
+        runs = sorted(Path("runs").glob("phase2-*"))
+        if not runs:
+            raise K1Error("there is no run in runs/ to go on with: name one by --run-dir")
+        path = runs[-1]
+    return RunFolder.open(path)
+
+
+def _settings(given: dict[str, Any], folder: Any) -> dict[str, Any]:
+    """Fill defaults in, or take them from the run that goes on and refuse others."""
+    from k1.errors import K1Error
+
+    if folder is None:
+        return {name: DEFAULTS[name] if v is None else v for name, v in given.items()}
+    stored: dict[str, Any] = folder.config["arguments"]
+    for name, value in given.items():
+        if value is not None and value != stored[name]:
+            raise K1Error(
+                f"{folder.path} was made with --{name} {stored[name]}, not {value}: "
+                "leave the option out, or start a new run in another --run-dir"
+            )
+    return stored
+
+
+if __name__ == "__main__":
+    run(Arguments, main)
