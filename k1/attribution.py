@@ -138,7 +138,9 @@ def select_paths(
     longest_ago = [
         leaf & (a == oldest[:, None]) for a, leaf in zip(cut(age), alive_leaf, strict=True)
     ]
-    eligible = [torch.where(none[:, None], o, e) for e, o in zip(eligible, longest_ago, strict=True)]
+    eligible = [
+        torch.where(none[:, None], o, e) for e, o in zip(eligible, longest_ago, strict=True)
+    ]
     explore = uniform[:, 0] < rules.exploration
     score = torch.where(explore[:, None], uniform[:, 1 : slots + 1], responsibility)
 
@@ -152,7 +154,9 @@ def select_paths(
         open_ = _subtree_any(eligible, levels)
         walk = _descend(cut(score), open_, levels)
         found = open_[0][:, 0]
-        place = [torch.where(w >= 0, w + i.offset, slots) for w, i in zip(walk, levels, strict=True)]
+        place = [
+            torch.where(w >= 0, w + i.offset, slots) for w, i in zip(walk, levels, strict=True)
+        ]
         depth = torch.stack([w >= 0 for w in walk]).sum(0)  # blocks on the path, root included
         leaf_slot = torch.stack(place).gather(0, (depth - 1)[None])[0]
         path = torch.zeros(lanes, slots + 1, dtype=torch.bool, device=device)

@@ -102,21 +102,43 @@ def initial_rows(layout: Layout, rows: int, generator: torch.Generator) -> Tenso
     return torch.cat(pieces, dim=1)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over [sequences, heads, time, head width]."""
-    if q.is_cuda:
+def _causal_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Causal attention: [sequences, time, 3 * embed] -> [sequences, time, embed]."""
+    sequences, time, width = qkv.shape
+    d = width // 3
+    if qkv.is_cuda:
+        q, k, v = qkv.view(sequences, time, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind(0)
         with sdpa_kernel(_BACKENDS):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # On a CPU, narrow heads are 2-4 times faster as three plain products than in the fused kernel.
-    time, width = q.shape[-2:]
-    mask = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    q, k, v_flat = (t.reshape(-1, time, width) for t in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)
-    return torch.bmm(torch.softmax(scores, dim=-1), v_flat).view(v.shape)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2).reshape(sequences, time, d)
+    # On a CPU, narrow heads are 2-4 times faster as plain products than in the fused kernel; head
+    # by head, they read the projections in place.
+    mask = torch.full((time, time), -torch.inf, dtype=qkv.dtype).triu(1)
+    q, k, v = (part.split(d // heads, dim=-1) for part in qkv.split(d, dim=-1))
+    outs = []
+    for q_h, k_h, v_h in zip(q, k, v, strict=True):
+        scores = torch.baddbmm(mask, q_h, k_h.transpose(1, 2), alpha=(d // heads) ** -0.5)
+        outs.append(torch.bmm(torch.softmax(scores, dim=-1), v_h))
+    return outs[0] if heads == 1 else torch.cat(outs, dim=-1)
+
+
+def _normed_linear(x: Tensor, norm: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    """Layer norm with its gain and shift folded into the projection that follows.
+
+    `(n(x) * norm + shift) @ weight = n(x) @ (norm[:, None] * weight) + shift @ weight`: the same
+    function with two passes over the activations fewer.
+    """
+    cast = x.dtype
+    h = F.layer_norm(x, (x.shape[-1],))
+    bias = torch.bmm(shift[:, None], weight).to(cast)
+    return torch.baddbmm(bias, h, (norm[..., None] * weight).to(cast))
 
 
 def block_forward(p: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
     """Run blocks, each on its own input.
+
+    `x = x + attention(norm1(x)) @ out`, then
+    `x = x + gelu(norm2(x) @ in + in_bias) @ out + out_bias`.
 
     Args:
         p: pieces of `block_layout`, each [blocks, ...].
@@ -129,17 +151,14 @@ def block_forward(p: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
     blocks, batch, time, d = x.shape
     cast = x.dtype
     x = x.reshape(blocks, batch * time, d)
-    h = F.layer_norm(x, (d,)) * p["norm1.weight"][:, None].to(cast)
-    h = h + p["norm1.bias"][:, None].to(cast)
-    qkv = torch.bmm(h, p["attention.qkv"].to(cast)).view(blocks * batch, time, 3, heads, d // heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    a = _causal_attention(q, k, v).transpose(1, 2).reshape(blocks, batch * time, d)
-    x = torch.baddbmm(x, a, p["attention.out"].to(cast))
-    h = F.layer_norm(x, (d,)) * p["norm2.weight"][:, None].to(cast)
-    h = h + p["norm2.bias"][:, None].to(cast)
-    h = torch.baddbmm(p["mlp.in_bias"][:, None].to(cast), h, p["mlp.in"].to(cast))
-    h = torch.bmm(F.gelu(h, approximate="tanh"), p["mlp.out"].to(cast))
-    x = x + (h + p["mlp.out_bias"][:, None].to(cast))
+    qkv = _normed_linear(x, p["norm1.weight"], p["norm1.bias"], p["attention.qkv"])
+    a = _causal_attention(qkv.view(blocks * batch, time, 3 * d), heads)
+    x = torch.baddbmm(x, a.view(blocks, batch * time, d), p["attention.out"].to(cast))
+    h = F.layer_norm(x, (d,))
+    bias = torch.baddbmm(p["mlp.in_bias"][:, None], p["norm2.bias"][:, None], p["mlp.in"])
+    h = torch.baddbmm(bias.to(cast), h, (p["norm2.weight"][..., None] * p["mlp.in"]).to(cast))
+    x = x + p["mlp.out_bias"][:, None].to(cast)
+    x = torch.baddbmm(x, F.gelu(h), p["mlp.out"].to(cast))
     return x.view(blocks, batch, time, d)
 
 

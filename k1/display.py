@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.cells import set_cell_size
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -122,7 +123,9 @@ def unit(value: float) -> float:
 
 def number(value: float | None, spec: str = ".3g") -> str:
     """Format a number; `n/a` for one that is missing or not finite."""
-    return format(value, spec) if value is not None and math.isfinite(value) else "n/a"
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    return format(value, ",.0f" if spec == ".3g" and 999 <= abs(value) < 1e6 else spec)
 
 
 def percent(share: float | None, spec: str = ".0f") -> str:
@@ -137,9 +140,14 @@ def norm(value: float) -> str:
 
 
 def bar(share: float, width: int) -> str:
-    """Draw a share in [0, 1] as a bar of blocks."""
+    """Draw a share in [0, 1] as a bar."""
     full = round(unit(share) * width)
-    return "█" * full + "·" * (width - full)
+    return "━" * full + "·" * (width - full)
+
+
+def fit(text: str, width: int) -> str:
+    """Cut or pad text to exactly `width` terminal columns."""
+    return set_cell_size(text, width)
 
 
 def heat_bar(heat: float) -> str:
@@ -248,10 +256,10 @@ def _tree_line(row: BlockRow, name_width: int, width: int) -> Text:
 def legend() -> Text:
     """Explain the icons and bars of the tree."""
     line = Text(no_wrap=True, overflow="ellipsis")
-    meaning = {CULPRIT: "last culprit", UPDATED: "updated", NEWBORN: "new", IDLE: "idle"}
+    meaning = {CULPRIT: "culprit", UPDATED: "updated", NEWBORN: "new", IDLE: "idle"}
     for state, words in meaning.items():
         line.append(f"{ICONS[state]} ", STYLES[state]).append(f"{words}  ", "dim")
-    return line.append(f"{BARS[0]} to {BARS[-1]} mean responsibility", "dim")
+    return line.append(f"{BARS[0]}{BARS[-1]} responsibility", "dim")
 
 
 def plain_tree(
@@ -372,39 +380,36 @@ def updated_line(report: StepReport) -> str:
     return f"Updated {agents} ({percent(report.updated_fraction, '.1f')} of parameters)"
 
 
-def learning_rate(trainer: Trainer, step: int) -> float:
-    """The rate that a step of the system had at displacement scale 1, warm-up included."""
-    arena, warmup = trainer.arena, max(1, trainer.config.optimizer.warmup)
-    rate = arena["lr"][0].item() * arena["lr_factor"][0].item()
-    return rate * min(1.0, (step + 1) / warmup)
-
-
 def step_line(
     report: StepReport,
-    trainer: Trainer,
     *,
+    trainer: Trainer | None = None,
     total: int | None = None,
-    seconds: float | None = None,
+    lr: float | None = None,
+    milliseconds: float | None = None,
 ) -> str:
     """Describe a step in one line: step, loss, learning rate, time, path.
 
     Args:
         report: the step.
-        trainer: the system that made it.
+        trainer: the system that made it, for the names of blocks; else the path is of ids.
         total: steps planned.
-        seconds: time that the step took.
+        lr: learning rate.
+        milliseconds: time that the step took.
     """
     width = len(str(total)) if total else 5
     parts = [f"step {report.step + 1:>{width}}" + (f"/{total}" if total else "")]
     parts.append(f"loss {number(report.loss, '.4f')}")
-    parts.append(f"lr {learning_rate(trainer, report.step):.2e}")
-    if seconds is not None:
-        parts.append(f"{number(1000 * seconds, '6.1f')} ms")
+    if lr is not None:
+        parts.append(f"lr {number(lr, '.2e')}")
+    if milliseconds is not None:
+        parts.append(f"{number(milliseconds, '6.1f')} ms")
     if report.skipped:
         parts.append("skipped: gradient not finite")
     elif report.path:
         more = f" and {len(report.path) - 1} more" if len(report.path) > 1 else ""
-        parts.append(" > ".join(_name(trainer, i) for i in report.path[0][1:]) + more)
+        names = [_name(trainer, i) if trainer else f"block {i}" for i in report.path[0][1:]]
+        parts.append(" > ".join(names) + more)
     else:
         parts.append("all blocks")
     return " | ".join(parts)
@@ -421,7 +426,7 @@ def concentration(rows: Iterable[BlockRow]) -> Concentration:
     return Concentration(top.name, total, ratio(top.visits, total), unit(ratio(spread, most)))
 
 
-def visit_table(trainer: Trainer, *, lane: int = 0, ascii_only: bool | None = None) -> Group:
+def visit_table(trainer: Trainer, *, lane: int = 0, ascii_only: bool | None = None) -> str:
     """Tabulate how often each leaf was the culprit, and how concentrated that is."""
     rows = block_rows(trainer, lane)
     leaves = sorted((r for r in rows if r.is_leaf), key=lambda r: (-r.visits, r.slot))
@@ -432,8 +437,8 @@ def visit_table(trainer: Trainer, *, lane: int = 0, ascii_only: bool | None = No
     table.add_column("Share", justify="right")
     table.add_column("", no_wrap=True)
     for row in leaves:
-        drawn = bar(ratio(row.visits, leaves[0].visits), 20)
         share = percent(ratio(row.visits, found.visits), ".1f")
+        drawn = bar(ratio(row.visits, leaves[0].visits), 20)
         table.add_row(row.name, str(row.visits), share, ascii_text(drawn) if plain else drawn)
     words = (
         f"{found.leaf} takes {percent(found.top_share)} of {found.visits} visits; evenness "
@@ -441,4 +446,4 @@ def visit_table(trainer: Trainer, *, lane: int = 0, ascii_only: bool | None = No
         if found.visits
         else "no leaf has been a culprit yet"
     )
-    return Group(table, Text(words))
+    return f"{render_plain(table, width=80, ascii_only=plain)}\n{words}"

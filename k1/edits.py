@@ -19,7 +19,7 @@ _RECORDS = ("responsibility", "mean_responsibility", "visits", "updates")
 
 
 def split_candidate(arena: Arena, lane: int, parent: int) -> int | None:
-    """The child that an add under `parent` splits: largest recent responsibility; None for a leaf."""
+    """The child that an add under `parent` splits (largest running responsibility), if any."""
     children = arena.trees[lane].children(parent)
     if not children:
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -91,7 +93,7 @@ class Engine:
     def gradients(
         self, start: int, stop: int, batch: Batch, text: Text
     ) -> tuple[Tensor, list[Tensor], Tensor, Activations]:
-        """Run a full backward pass: loss [L], gradients [L, W, P] by level and [L, Q], activations."""
+        """Run a full backward pass: loss [L], gradients [L, W, P] by level and [L, Q], values."""
         a = self.arena
         weights = a.weights(start, stop)
         weights = replace(
@@ -126,7 +128,9 @@ class Engine:
         factor, fine = self._clip(start, stop, squares, shared_grad)
         for index, grad in zip(levels, grads, strict=True):
             cut = slice(index.offset, index.offset + index.width)
-            self._update(start, stop, cut, grad * factor[:, None, None], selection.scale[:, cut], fine)
+            self._update(
+                start, stop, cut, grad * factor[:, None, None], selection.scale[:, cut], fine
+            )
         self._update_shared(start, stop, shared_grad * factor[:, None], fine)
         if config.model.router == "evidence" and self.mode != "dense":
             limit = max(a.host_top_k[start:stop]) + len(levels)
@@ -180,7 +184,6 @@ class Engine:
     ) -> StepResult:
         """Update the selected paths from their own gradients."""
         a = self.arena
-        levels = a.index(start, stop)
         loss, grads, shared_grad, paths, frozen = self.path_gradients(
             start, stop, batch, text, selection
         )
@@ -198,9 +201,7 @@ class Engine:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _remember(
-        self, start: int, stop: int, measured: Tensor, due: list[bool] | None
-    ) -> None:
+    def _remember(self, start: int, stop: int, measured: Tensor, due: list[bool] | None) -> None:
         """Store responsibilities (of the lanes that are due)."""
         a = self.arena
         last, mean = a["responsibility"][start:stop], a["mean_responsibility"][start:stop]
@@ -228,9 +229,7 @@ class Engine:
             a["data_seed"][start:stop], STREAM_EXPLORE, step, measured.shape[1] + 1
         )
         last = a["last_culprit"][start:stop]
-        picks = max(
-            a.host_top_k[lane] - a.shallowest_leaf(lane) + 1 for lane in range(start, stop)
-        )
+        picks = max(a.host_top_k[lane] - a.shallowest_leaf(lane) + 1 for lane in range(start, stop))
         levels = a.index(start, stop)
         return select_paths(measured, last, step, uniform, levels, rules, max(1, picks))
 
@@ -267,9 +266,7 @@ class Engine:
             target = (torch.arange(start, stop, device=a.device)[:, None], where)
         rows = Rows(*(a[name][target] for name in names))
         new = adamw(rows, grad, rate, on, a.config.optimizer)
-        for name, value in zip(
-            names, (new.weight, new.first, new.second, new.count), strict=True
-        ):
+        for name, value in zip(names, (new.weight, new.first, new.second, new.count), strict=True):
             a[name][target] = value
 
     def _update_shared(self, start: int, stop: int, grad: Tensor, fine: Tensor) -> None:
@@ -278,9 +275,7 @@ class Engine:
         rows = Rows(*(a[name][start:stop] for name in names))
         on = fine & (scale > 0)
         new = adamw(rows, grad, self._rate(start, stop) * scale, on, a.config.optimizer)
-        for name, value in zip(
-            names, (new.weight, new.first, new.second, new.count), strict=True
-        ):
+        for name, value in zip(names, (new.weight, new.first, new.second, new.count), strict=True):
             a[name][start:stop] = value
 
     def _count(
@@ -346,14 +341,13 @@ class Engine:
             high = min(stop, low + self.chunk)
             lanes = high - low
             if batch.inputs.shape[0] == 1:
-                part = Batch(*(t.expand(lanes, *t.shape[1:]) for t in vars(batch).values()))
+                part = batch.map(partial(_repeat, lanes=lanes))
             else:
-                part = Batch(*(t[low - start : high - start] for t in vars(batch).values()))
+                part = batch.map(itemgetter(slice(low - start, high - start)))
             nats, size = torch.zeros(2, lanes, dtype=torch.float64, device=a.device)
             for first in range(0, part.inputs.shape[1], a.config.train.batch):
-                piece = Batch(
-                    *(t[:, first : first + a.config.train.batch] for t in vars(part).values())
-                )
+                windows = slice(first, first + a.config.train.batch)
+                piece = part.map(itemgetter((slice(None), windows)))
                 weights, text = a.weights(low, high), read_text(piece, a.config)
                 index, router = a.index(low, high), a.router(low, high)
                 done = forward(weights, router, index, piece, text, a.config)
@@ -362,3 +356,7 @@ class Engine:
                 size += self.store.bytes_in(piece.targets)
             out.append(nats / LN2 / size)
         return torch.cat(out)
+
+
+def _repeat(tensor: Tensor, lanes: int) -> Tensor:
+    return tensor.expand(lanes, *tensor.shape[1:])

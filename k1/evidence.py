@@ -128,7 +128,7 @@ def add_counts(
         valid: bool [L, B, T]: positions that have a predecessor in their document.
         config: the numbers of buckets.
     """
-    lanes, picked, tokens = share.shape
+    lanes, picked, _ = share.shape
     weight = (share * valid.flatten(1)[:, None] * UNIT).round().long()
     bucket = torch.cat([bigram.flatten(1), context.flatten(1) + config.buckets], dim=1)
     batch = counts.new_zeros(lanes, picked, counts.shape[-1])

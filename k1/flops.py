@@ -6,7 +6,7 @@ from k1.config import Config
 
 
 def block_flops_per_token(config: Config) -> float:
-    """Forward operations of one block for one token: projections, feed-forward, causal attention."""
+    """Forward operations of one block for one token: projections, attention, feed-forward."""
     d, f, t = config.model.embed, config.model.feed_forward, config.model.context
     return 2.0 * (4 * d * d + 2 * d * f) + 2.0 * d * t
 

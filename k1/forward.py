@@ -10,7 +10,9 @@ K = most children.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor
 from k1.block import Layout, block_forward, child_logits
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
-from k1.mixing import Routing, sibling_softmax, to_children, to_parents
+from k1.mixing import Routing, mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
 
 LN2 = math.log(2.0)
@@ -40,8 +42,16 @@ class Batch:
 
     def head(self, windows: int) -> Batch:
         """Return the first windows of each lane."""
-        return Batch(*(t[:, :windows] for t in (self.inputs, self.targets, self.starts)),
-                     self.domain[:, :windows])  # fmt: skip
+        return self.map(lambda t: t[:, :windows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply a function to every tensor."""
+        return Batch(
+            function(self.inputs),
+            function(self.targets),
+            function(self.starts),
+            function(self.domain),
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def forward(
 ) -> Activations:
     """Run whole trees. Keeps a graph if the weights require gradients."""
     kind, dtype = config.model.router, _dtype(config)
-    lanes, b, t = batch.inputs.shape
+    _, b, t = batch.inputs.shape
     x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
     ys: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
@@ -163,9 +173,10 @@ def forward(
         own, y = run_level(weights, index.level, x, config.model.heads)
         pieces.append(own)
         ys.append(y.flatten(2, 3))
-    m, routing = [ys[-1]], []
+    m: list[Tensor] = [ys[-1]]
+    routing: list[Routing] = []
     prior = [router.log_prior[0][..., None]]
-    for parent, child in zip(levels, levels[1:], strict=False):
+    for parent, child in pairwise(levels):
         value = router.log_prior[child.level][..., None]
         if kind == "evidence":
             counts = router.counts[child.level]
@@ -173,12 +184,14 @@ def forward(
                 counts, parent, child, text.bigram, text.context, text.mask, config.evidence
             )
         prior.append(value)
-    for parent, child in reversed(list(zip(levels, levels[1:], strict=False))):
+    for parent, child in reversed(list(pairwise(levels))):
         y = ys[parent.level]
         learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
         route = sibling_softmax(prior[child.level], learned, parent, child)
-        mixed = to_parents(m[0] * route.by_child[..., None].to(dtype), parent, child)
-        m.insert(0, torch.where(parent.is_leaf[..., None, None], y, mixed))
+        mixed = mix(m[0], route.by_child.to(dtype), parent, child)
+        if parent.any_leaf:
+            mixed = torch.where(parent.is_leaf[..., None, None], y, mixed)
+        m.insert(0, mixed)
         routing.insert(0, route)
     return Activations(ys, m, prior, routing)
 

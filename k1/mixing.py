@@ -23,7 +23,11 @@ def flat_index(index: Tensor, width: int) -> Tensor:
 
 def _spread(y: Tensor, child: LevelIndex) -> Tensor:
     lanes, width = y.shape[:2]
-    return y.flatten(0, 1).index_select(0, flat_index(child.parent, width)).view(lanes, -1, *y.shape[2:])
+    return (
+        y.flatten(0, 1)
+        .index_select(0, flat_index(child.parent, width))
+        .view(lanes, -1, *y.shape[2:])
+    )
 
 
 def _collect(x: Tensor, parent: LevelIndex) -> Tensor:
@@ -32,8 +36,9 @@ def _collect(x: Tensor, parent: LevelIndex) -> Tensor:
     for k in range(parent.children.shape[-1]):
         picked = flat.index_select(0, flat_index(parent.children[..., k], width))
         picked = picked.view(lanes, -1, *x.shape[2:])
-        on = parent.has_child[..., k].view(lanes, -1, *[1] * (x.dim() - 2))
-        picked = picked.masked_fill_(~on, 0)
+        if k >= parent.full_ranks:
+            on = parent.has_child[..., k].view(lanes, -1, *[1] * (x.dim() - 2))
+            picked = picked.masked_fill_(~on, 0)
         total = picked if total is None else total.add_(picked)
     assert total is not None
     return total
@@ -61,6 +66,49 @@ class _ToParents(torch.autograd.Function):
         alive = ctx.child.alive
         spread = _spread(grads[0], ctx.child)
         return spread * alive.view(*alive.shape, *[1] * (spread.dim() - 2)), None, None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, m: Tensor, weight: Tensor, parent: LevelIndex, child: LevelIndex
+    ) -> Tensor:
+        ctx.save_for_backward(m, weight)
+        ctx.child = child
+        lanes, width = m.shape[:2]
+        flat, flat_weight = m.flatten(0, 1), weight.flatten(0, 1)
+        total = m.new_zeros(lanes * parent.width, *m.shape[2:])
+        for k in range(parent.children.shape[-1]):
+            index = flat_index(parent.children[..., k], width)
+            share = flat_weight.index_select(0, index)
+            if k >= parent.full_ranks:
+                share = share.masked_fill_(~parent.has_child[..., k].reshape(-1, 1), 0)
+            total.addcmul_(flat.index_select(0, index), share[..., None])
+        return total.view(lanes, parent.width, *m.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        m, weight = ctx.saved_tensors
+        alive = ctx.child.alive[..., None]
+        spread = _spread(grads[0], ctx.child)
+        by_weight = (spread * m).sum(-1) * alive
+        return spread * (weight * alive)[..., None], by_weight, None, None
+
+
+def mix(m: Tensor, weight: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
+    """Average the children's values by their weights.
+
+    Args:
+        m: [L, W_child, N, d].
+        weight: [L, W_child, N], in the dtype of `m`.
+        parent: the parents' level.
+        child: the children's level.
+
+    Returns:
+        [L, W_parent, N, d], zero for a parent without children.
+    """
+    out: Tensor = _Mix.apply(m, weight, parent, child)
+    return out
 
 
 def to_children(y: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:

@@ -93,7 +93,7 @@ def path_loss(
         batch: the windows that `frozen` was computed on.
         config: the configuration.
     """
-    lanes, b, t = batch.inputs.shape
+    _, b, t = batch.inputs.shape
     dtype = frozen.y[0].dtype
     local = Weights(rows, weights.shared, weights.block_layout, weights.shared_layout)
     x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]

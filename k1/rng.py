@@ -57,7 +57,7 @@ def random_uniform(seed: Tensor, stream: int, counter: Tensor, width: int) -> Te
     return bits.to(torch.float32) / float(1 << 24)
 
 
-def derive_seed(*parts: int | str) -> int:
+def derive_seed(*parts: float | str) -> int:
     """Make a 62-bit seed from any parts, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2

@@ -245,6 +245,10 @@ class LevelIndex:
     """int64 [L, W, K]: positions in the level below by rank (0 where there is none)."""
     has_child: Tensor
     """bool [L, W, K]."""
+    full_ranks: int
+    """Host knowledge: children 0 .. full_ranks - 1 exist for every position of every lane."""
+    any_leaf: bool
+    """Host knowledge: some position of some lane is a leaf or dead."""
 
 
 def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex]:
@@ -274,6 +278,21 @@ def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex
                     up = block.parent - offset
                     children[lane, up, block.rank] = block.slot - tree.offset[level + 1]
                     has_child[lane, up, block.rank] = True
-        fields = (alive, ~has_child.any(-1), parent, rank, children, has_child)
-        levels.append(LevelIndex(level, offset, w, *(t.to(device) for t in fields)))
+        is_leaf = ~has_child.any(-1)
+        everywhere = has_child.flatten(0, 1).all(0).tolist()
+        levels.append(
+            LevelIndex(
+                level,
+                offset,
+                w,
+                alive=alive.to(device),
+                is_leaf=is_leaf.to(device),
+                parent=parent.to(device),
+                rank=rank.to(device),
+                children=children.to(device),
+                has_child=has_child.to(device),
+                full_ranks=(*everywhere, False).index(False),
+                any_leaf=bool(is_leaf.any()),
+            )
+        )
     return levels

@@ -1,4 +1,4 @@
-"""The action table: one flat list of named actions, the same for the whole life of an environment."""
+"""The action table: one flat list of named actions, fixed by the configuration."""
 
 from __future__ import annotations
 

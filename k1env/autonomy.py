@@ -140,7 +140,7 @@ class Autonomy:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Autonomy:
         """Read what `to_dict` wrote."""
-        fields = {k: list(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in data.items()}
         fields["benchmarks"] = [Benchmark(**b) for b in fields["benchmarks"]]
         fields["goals"] = [Goal(**g) for g in fields["goals"]]
         return cls(**fields)

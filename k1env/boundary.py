@@ -4,7 +4,7 @@
 |---|---|---|---|
 | 1 Safe exploration | add | delete, prune, tune, stop | 3 |
 | 2 Parameter exploration | add, tune within bounds | delete, prune, tune outside, stop | 5 |
-| 3 Structural control | add, delete, prune, tune within wider bounds | fewer agents, tune outside, stop | 10 |
+| 3 Structural control | all but stop, within wider bounds | fewer agents, tune outside, stop | 10 |
 | 4 Full autonomy | everything, own benchmarks and goals | nothing but the hard limits | - |
 
 Promotion also needs evidence E >= 100. E starts at 1 in each stage and is multiplied by 10 at a
@@ -53,16 +53,29 @@ class Bounds:
         low, high = self.range(parameter)
         return low <= value <= high
 
+    def with_range(self, parameter: str, wider: tuple[float, float]) -> Bounds:
+        """The same bounds but for one range."""
+        return Bounds.from_dict({**asdict(self), parameter: wider})
+
     def union(self, other: Bounds) -> Bounds:
         """The wider of both, side by side."""
-        pairs = {
-            name: (
-                min(self.range(name)[0], other.range(name)[0]),
-                max(self.range(name)[1], other.range(name)[1]),
-            )
-            for name in WIDEN_FACTOR
-        }
-        return Bounds(**pairs, min_agents=min(self.min_agents, other.min_agents))
+
+        def both(name: str) -> tuple[float, float]:
+            (low, high), (other_low, other_high) = self.range(name), other.range(name)
+            return min(low, other_low), max(high, other_high)
+
+        fewest = min(self.min_agents, other.min_agents)
+        return Bounds(both("lr"), both("cooldown"), both("top_k"), fewest)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Bounds:
+        """Read what `asdict` wrote, lists for tuples."""
+        return Bounds(
+            lr=tuple(data["lr"]),
+            cooldown=tuple(data["cooldown"]),
+            top_k=tuple(data["top_k"]),
+            min_agents=data["min_agents"],
+        )
 
 
 STAGE_2_BOUNDS = Bounds((1e-4, 1e-2), (5, 50), (3, 10), min_agents=10)
@@ -185,7 +198,7 @@ class Boundary:
             while value > high and high < hard_high:
                 high = high * factor
             wider = (max(low, hard_low), min(high, hard_high))
-            self.bounds = replace(self.bounds, **{parameter: wider})
+            self.bounds = self.bounds.with_range(parameter, wider)
         elif action.kind in (actions.DELETE, actions.PRUNE):
             fewest = self.bounds.min_agents
             if request.agents_after < fewest:
@@ -199,12 +212,8 @@ class Boundary:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Boundary:
         """Read what `to_dict` wrote."""
-
-        def bounds(table: dict[str, Any]) -> Bounds:
-            pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-            return Bounds(**pairs)
-
         fields = dict(data)
-        fields["hard"], fields["bounds"] = bounds(fields["hard"]), bounds(fields["bounds"])
+        for name in ("hard", "bounds"):
+            fields[name] = Bounds.from_dict(fields[name])
         fields["history"] = [dict(entry) for entry in fields["history"]]
         return cls(**fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +49,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     `action_masks()` and `info["action_mask"]` rule out what is impossible (a slot without a block,
     no room, beyond the hard limits). What is forbidden is not impossible: it is a cheat.
-    `info["permitted_mask"]` tells what the stage permits. An impossible action is a no-op with cost.
+    `info["permitted_mask"]` tells what the stage permits. An impossible one costs and does nothing.
 
     ## Observation space
     `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
@@ -82,7 +82,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     * v0: initial version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {
+    metadata = {  # noqa: RUF012
         "render_modes": ["ansi", "human", "rgb_array"],
         "render_fps": 2,
     }
@@ -156,7 +156,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode. Without a seed, the next one is drawn from the environment's generator."""
+        """Start an episode; without a seed, one is drawn from the environment's generator."""
         super().reset(seed=seed)
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
         self.session.rebind(drawn)
@@ -165,6 +165,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if self._start is None and drawn not in self._trained:
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
+            assert self.session.trained is not None
             self._trained[drawn] = self.session.trained
         self._before = None
         return self.observe()
@@ -227,7 +228,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         session = self.session
         return np.array(
             [
-                not session.why_impossible(a) and session.boundary.rule(session.request(a)).permitted
+                not session.why_impossible(a)
+                and session.boundary.rule(session.request(a)).permitted
                 for a in session.table
             ],
             dtype=np.int8,
@@ -287,9 +289,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         return None
 
 
-def _read_start(
-    folder: str | Path | None, settings: Settings, data: TextData
-) -> LaneState | None:
+def _read_start(folder: str | Path | None, settings: Settings, data: TextData) -> LaneState | None:
     """Read the system to start from.
 
     Raises:

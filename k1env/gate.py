@@ -280,6 +280,4 @@ class Gate:
         else:
             assert shadow is not None
             reason = f"beats the control but not the shadow (p = {shadow.p_value:.3g})"
-        return TrialResult(
-            accepted, reason, control, shadow, done, lane_steps, tuple(digests)
-        )
+        return TrialResult(accepted, reason, control, shadow, done, lane_steps, tuple(digests))

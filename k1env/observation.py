@@ -6,7 +6,7 @@ Nothing here is computed from the gate pool.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -51,13 +51,13 @@ AGENT_FIELDS = (
 DOMAIN_FIELDS = ("share of the stream", "seen", "loss", "fall since it was first seen")
 
 
-def observation_space(slots: int, domains: int) -> spaces.Dict:
+def observation_space(slots: int, domains: int) -> spaces.Space[dict[str, np.ndarray]]:
     """The space for a lane of `slots` slots (root included) and a number of domains."""
 
     def box(*shape: int) -> spaces.Box:
         return spaces.Box(-1.0, 1.0, (math.prod(shape),), np.float32)
 
-    return spaces.Dict(
+    space = spaces.Dict(
         {
             "system": box(len(SYSTEM_FIELDS)),
             "hyper": box(2 * len(HYPER_FIELDS)),
@@ -66,6 +66,7 @@ def observation_space(slots: int, domains: int) -> spaces.Dict:
             "domains": box(domains, len(DOMAIN_FIELDS)),
         }
     )
+    return cast(spaces.Space[dict[str, np.ndarray]], space)
 
 
 def observe(session: Session, last: Outcome | None) -> dict[str, np.ndarray]:

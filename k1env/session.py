@@ -37,7 +37,7 @@ MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
 class LedgerLike(Protocol):
     """Whatever takes entries: a run folder's ledger or a list in memory."""
 
-    def append(self, kind: str, **data: Any) -> Any:
+    def append(self, kind: str, /, **data: Any) -> Any:
         """Log one entry."""
 
 
@@ -48,7 +48,7 @@ class MemoryLedger:
         """Start empty."""
         self.entries: list[tuple[str, dict[str, Any]]] = []
 
-    def append(self, kind: str, **data: Any) -> None:
+    def append(self, kind: str, /, **data: Any) -> None:
         """Log one entry."""
         self.entries.append((kind, data))
 
@@ -586,7 +586,9 @@ class Session:
             self.tries = [dict(entry) for entry in state["tries"]]
             last, best_loss = state["last"], state["best_loss"]
         except KeyError as error:
-            raise CheckpointError(f"the checkpoint lacks {error}: it is of another version") from None
+            raise CheckpointError(
+                f"the checkpoint lacks {error}: it is of another version"
+            ) from None
         self.best = lanes["best"].to(self.arena.device) if "best" in lanes else None
         self.best_loss = math.inf if best_loss is None else best_loss
         self.last = Outcome.from_dict(last) if last else None

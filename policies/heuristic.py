@@ -1,4 +1,6 @@
-"""A readable controller. Its rules, in the order in which they are asked:
+"""A readable controller.
+
+Its rules, in the order in which they are asked:
 
 1. **Stop on evidence**: in stage 4, stop when at least three of the four stopping criteria hold.
 2. **Own yardsticks**: in stage 4, set a benchmark and a goal, once.
@@ -136,9 +138,7 @@ class HeuristicPolicy:
             return wanted[self._yardsticks - 1], "a yardstick of its own"
         return None
 
-    def _grow(
-        self, observation: Observation, info: Mapping[str, Any]
-    ) -> tuple[str, str] | None:
+    def _grow(self, observation: Observation, info: Mapping[str, Any]) -> tuple[str, str] | None:
         seen, bits = info["seen"], info["bits_per_byte"]
         newest = seen[-1]
         if len(seen) < 2 or newest in self._grown_for:
@@ -185,9 +185,7 @@ class HeuristicPolicy:
                 return label, "the loss is flat"
         return None
 
-    def _probe(
-        self, observation: Observation, info: Mapping[str, Any]
-    ) -> tuple[str, str] | None:
+    def _probe(self, observation: Observation, info: Mapping[str, Any]) -> tuple[str, str] | None:
         ready = [
             label
             for label in self._score
