@@ -36,15 +36,18 @@ class LaneState:
 
 
 class Arena:
-    """All lanes' numbers. S counts the slots of a lane and one scratch row that padding points to.
+    """All lanes' numbers. S counts slots and one scratch row that padding points to.
 
-    `state` holds, by name: `weight`, `first`, `second` [L, S, P] and `shared*` [L, Q] (parameters
-    and moments); `count` [L, S] and `shared_count` [L] (own optimizer steps); `evidence` [L, S, 3, H];
-    `log_prior`, `responsibility` (last measured), `mean_responsibility`
-    (running), `visits`,
-    `updates`, `last_culprit`, `last_update`, `born` [L, S]; and per lane [L] `step`, `skipped`,
-    `data_seed`, `data_cursor`, `lr`, `lr_factor`, `top_k`, `cooldown`, `exploration`, `loss`
-    (running), `blocks_updated`, and `mix` [L, domains], the share of each domain in the stream.
+    `state` holds, by name:
+
+    * `weight`, `first`, `second` [L, S, P] and `shared`, `shared_first`, `shared_second` [L, Q]:
+      parameters and moments; `count` [L, S] and `shared_count` [L]: own optimizer steps;
+    * `evidence` [L, S, 3, H] and `log_prior` [L, S]: routing statistics;
+    * `responsibility` (last measured), `mean_responsibility` (running), `visits`, `updates`,
+      `last_culprit`, `last_update`, `born` [L, S]: records of each block;
+    * `step`, `skipped`, `blocks_updated`, `loss` (running) [L]: records of the lane;
+    * `data_seed`, `data_cursor` [L] and `mix` [L, domains]: its stream of text;
+    * `lr`, `lr_factor`, `top_k`, `cooldown`, `exploration` [L]: its hyper-parameters.
     """
 
     def __init__(

@@ -123,10 +123,8 @@ def gain(comparison: Comparison | None) -> str:
         return "nothing measured"
     if not all(math.isfinite(d) for d in comparison.differences):
         return "loss not finite"
-    spread = f"{100 * comparison.mean:+.2f} % ± {100 * comparison.std:.2f}"
-    return (
-        f"{spread}, p {number(comparison.p_value, '.1g' if comparison.p_value < 1e-3 else '.2g')}"
-    )
+    p = number(comparison.p_value, ".1g" if comparison.p_value < 1e-3 else ".2g")
+    return f"{100 * comparison.mean:+.2f} % ± {100 * comparison.std:.2f}, p {p}"
 
 
 def explain(outcome: Outcome, gate: GateConfig) -> str:
@@ -142,7 +140,7 @@ def explain(outcome: Outcome, gate: GateConfig) -> str:
     if trial.shadow is not None:
         text += f", and {gain(trial.shadow)} over its shadow (the system without the changes)"
     if trial.seeds_run < gate.seeds:
-        return text + "; ended early, no seed gained"
+        return text + "; ended early, for the first seeds all speak against it"
     if trial.accepted and not outcome.credited:
         return text + "; a configuration visited before earns nothing"
     limit = "less than" if stop else "more than"

@@ -8,6 +8,7 @@ exact enough (float64) to judge the batched one. Below it: helpers that the test
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
@@ -45,7 +46,7 @@ def bucket_of(before: int, token: int, buckets: int) -> int:
 def count_text(tokens: list[int], config: EvidenceConfig, weight: int = UNIT) -> Tensor:
     """Count the bigrams of one document: int64 [3, buckets + context_buckets], all current."""
     table = [0] * (config.buckets + config.context_buckets)
-    for before, token in zip(tokens, tokens[1:], strict=False):
+    for before, token in pairwise(tokens):
         table[bucket_of(before, token, config.buckets)] += weight
         table[config.buckets + before % config.context_buckets] += weight
     counts = torch.zeros(3, len(table), dtype=torch.int64)
@@ -100,6 +101,8 @@ class Reference:
                 _, number, piece = name.split(".", 2)
                 self.block.setdefault(int(number), {})[piece] = value
         at = {block.slot: block.id for block in tree.blocks.values()}
+        self.path: set[int] | None = None
+        """Blocks that have a gradient (the others enter as constants); None for all."""
         self.rank = {block.id: block.rank for block in tree.blocks.values()}
         self.parent = {b.id: at[b.parent] for b in tree.blocks.values() if b.id != 0}
         self.prior = prior
@@ -158,7 +161,10 @@ class Reference:
         if not kids:
             return y
         weight = self.routing(block, y, tokens, starts)
-        parts = [self.mixed(child, y, tokens, starts) for child in kids]
+        parts = []
+        for child in kids:
+            part = self.mixed(child, y, tokens, starts)
+            parts.append(part if self.path is None or child in self.path else part.detach())
         return sum(weight[..., i, None] * part for i, part in enumerate(parts))
 
     def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -201,7 +207,7 @@ def small_config(**sections: dict[str, Any]) -> Config:
         model=ModelConfig(
             branching=(2, 2), embed=16, feed_forward=24, heads=2, context=16, max_children=4
         ),
-        evidence=EvidenceConfig(buckets=256, context_buckets=32, window=8),
+        evidence=EvidenceConfig(buckets=256, context_buckets=32, window=8, tau=1.0),
         optimizer=OptimizerConfig(warmup=1),
         train=TrainConfig(batch=4, eval_windows=4, cooldown=0),
     )

@@ -12,6 +12,10 @@ from tests.reference import Reference, make_ragged, next_batch, shake, small_con
 ROUTERS = ("mean", "learned", "evidence")
 
 
+def fields(batch):
+    return vars(batch).values()
+
+
 def build(make, router, ragged=True, seed=0):
     trainer = make(model={"router": router}, seed=seed)
     return shake(make_ragged(trainer) if ragged else trainer, seed)
@@ -62,7 +66,7 @@ def test_lanes_with_other_trees_give_what_each_gives_alone(make, router):
         together.arena.write_lane(lane, trainer.arena.read_lane(0))
     engine = Engine(together.arena, together.store, lane_chunk=3)
     batches = [next_batch(trainer) for trainer in alone]
-    batch = Batch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in batches))))
+    batch = Batch(*(torch.cat(parts) for parts in zip(*map(fields, batches), strict=True)))
     text = read_text(batch, together.config)
     loss, _, shared, _ = engine.gradients(0, 3, batch, text)
     for lane, (trainer, own) in enumerate(zip(alone, batches, strict=True)):
@@ -100,10 +104,8 @@ def test_changing_a_token_changes_nothing_before_it(make, router):
 @pytest.mark.parametrize("pool", ["train", "validation"])
 def test_target_is_the_next_token_of_the_text(make, data, pool):
     trainer = make()
-    if pool == "train":
-        batch = next_batch(trainer, 16)
-    else:
-        batch = trainer.store.spread(pool, "alpha", 16)
+    held_out = trainer.store.spread("validation", "alpha", 16)
+    batch = next_batch(trainer, 16) if pool == "train" else held_out
     for window in range(16):
         domain = data.domains[int(batch.domain[0, window])]
         text = bytes(data.tokens(domain, pool).tolist())
@@ -117,7 +119,7 @@ def test_target_is_the_next_token_of_the_text(make, data, pool):
 
 
 def test_loss_pairs_a_position_with_its_own_target(make):
-    """A model that knows the next letter only: its loss is near 0 for the next, large for others."""
+    """A model that knows only the next letter: its loss is near 0 for that, large for others."""
     trainer = make(model={"router": "mean", "embed": 32})
     trainer.arena["weight"][0] = 0  # every block hands its input on
     pieces = trainer.arena.shared_layout.unpack(trainer.arena["shared"][0])
