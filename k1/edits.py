@@ -15,6 +15,7 @@ from k1.rng import derive_seed
 from k1.topology import ROOT_SLOT
 
 _ROW_STATE = ("weight", "first", "second", "count")
+_INHERITED = (*_ROW_STATE, "log_prior", "responsibility", "mean_responsibility")
 _RECORDS = ("responsibility", "mean_responsibility", "visits", "updates")
 
 
@@ -64,10 +65,10 @@ def add_agent(arena: Arena, lane: int, parent: int) -> int:
         made = tree.copy_subtree(source)
         new = made[source]
         for old, fresh in made.items():
-            for name in (*_ROW_STATE, "log_prior", *_RECORDS, "last_culprit", "last_update"):
+            _clear(arena, lane, [fresh])
+            for name in _INHERITED:
                 arena[name][lane, fresh] = arena[name][lane, old]
             evidence = arena["evidence"][lane]
-            evidence[fresh] = 0
             for age in (PREVIOUS, CURRENT):
                 evidence[fresh, age] = evidence[old, age]
                 evidence[old, age] = 0

@@ -30,8 +30,9 @@ from k1.display import number, percent
 from k1env import render
 from k1env.boundary import STAGES
 from k1env.gate import GateConfig
+from k1env.outcome import Outcome
 from k1env.render import SessionView, duration, explain, gain, verdict_word
-from k1env.session import Outcome, Session
+from k1env.session import Session
 
 BANNER_SECONDS = 12.0
 PROGRESS_SECONDS = 10.0

@@ -14,7 +14,8 @@ from k1.data import TextData, load_data
 from k1.errors import K1Error
 from k1.trainer import Trainer, pick_device
 from k1env.observation import observation_space, observe
-from k1env.session import LedgerLike, Session
+from k1env.outcome import LedgerLike
+from k1env.session import Session
 from k1env.settings import Settings
 
 Observation = dict[str, np.ndarray]
@@ -179,7 +180,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         """
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
-        self.session.action(int(action))
+        self.session.moves.look_up(int(action))
         self._before = self.session.snapshot()
         outcome = self.session.act(int(action))
         price = self.settings.compute_price * outcome.spent / self.settings.interval
@@ -221,15 +222,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     def action_masks(self) -> np.ndarray:
         """Which actions are possible: int8, one entry per action."""
         session = self.session
-        return np.array([not session.why_impossible(a) for a in session.table], dtype=np.int8)
+        return np.array([session.possible(a) for a in session.table], dtype=np.int8)
 
     def permitted_mask(self) -> np.ndarray:
         """Which possible actions the present stage permits: int8, one entry per action."""
         session = self.session
         return np.array(
             [
-                not session.why_impossible(a)
-                and session.boundary.rule(session.request(a)).permitted
+                session.possible(a) and session.boundary.rule(session.moves.request(a)).permitted
                 for a in session.table
             ],
             dtype=np.int8,
@@ -265,7 +265,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         tried = self.session.last
         self.session.restore(*self._before)
         if tried is not None and tried.trial is not None:
-            request = self.session.request(self.session.action(tried.action))
+            moves = self.session.moves
+            request = moves.request(moves.look_up(tried.action))
             self.session.boundary.record(False, request, tried.decision)
         self._before = None
         self.session.ledger.append("undo", decision=self.session.decision)

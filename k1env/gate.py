@@ -169,6 +169,8 @@ class Gate:
         digests: list[str] = []
         lane_steps, done = 0, 0
         self.adopted = {}
+        if progress:
+            progress(0, config.seeds)
         while done < config.seeds:
             size = min(config.group if done else config.early, config.seeds - done)
             lanes = {arm: self.first + i * size for i, arm in enumerate(arms)}

@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium import spaces
 
 from k1env.boundary import EVIDENCE_TO_ADVANCE
-from k1env.session import MAIN, Outcome, Session
+from k1env.outcome import Outcome
+from k1env.session import MAIN, Session
 
 MOST_BITS = 8.0
 """Bits per byte that count as 1: what knowing nothing costs."""

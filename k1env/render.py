@@ -24,7 +24,8 @@ from k1.topology import LEVEL_NAMES
 from k1env import actions
 from k1env.boundary import EVIDENCE_TO_ADVANCE, STAGES, SUCCESSES_TO_ADVANCE, Bounds
 from k1env.gate import Comparison, GateConfig
-from k1env.session import Outcome, Session
+from k1env.outcome import Outcome
+from k1env.session import Session
 
 if TYPE_CHECKING:
     from PIL import ImageDraw

@@ -8,89 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from k1 import edits
 from k1.arena import LaneState
 from k1.data import TextData
 from k1.errors import CheckpointError
 from k1.flops import step_flops
 from k1.rng import derive_seed
-from k1.topology import ROOT_SLOT, Topology
+from k1.topology import Topology
 from k1.trainer import Trainer
 from k1env import actions
-from k1env.actions import Action, ActionError, action_table, tuned_value
+from k1env.actions import Action
 from k1env.autonomy import Autonomy, Benchmark, Goal
 from k1env.boundary import Boundary, Request, Ruling, hard_limits
 from k1env.gate import CHEAT, CONTROL, SHADOW, Gate, TrialResult
+from k1env.guard import DivergenceGuard
+from k1env.moves import Moves
+from k1env.outcome import LedgerLike, MemoryLedger, Outcome
 from k1env.settings import Settings
 from k1env.world import World, draw_instance
 
 BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
 MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
-
-
-class LedgerLike(Protocol):
-    """Whatever takes entries: a run folder's ledger or a list in memory."""
-
-    def append(self, kind: str, /, **data: Any) -> Any:
-        """Log one entry."""
-
-
-class MemoryLedger:
-    """A ledger that is not kept."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.entries: list[tuple[str, dict[str, Any]]] = []
-
-    def append(self, kind: str, /, **data: Any) -> None:
-        """Log one entry."""
-        self.entries.append((kind, data))
-
-
-@dataclass
-class Outcome:
-    """What came of one decision."""
-
-    decision: int
-    action: int
-    kind: str
-    name: str
-    stage: int
-    """Stage in which it was decided."""
-    permitted: bool = False
-    rule: str = ""
-    impossible: str | None = None
-    trial: TrialResult | None = None
-    applied: bool = False
-    credited: bool = False
-    verdict: str = ""
-    """One line for people."""
-    promoted: bool = False
-    rolled_back: bool = False
-    spent: int = 0
-    """Lane steps."""
-    fall: float = 0.0
-    """Fall of the mean bits per byte over the domains seen."""
-    stopped: bool = False
-    stop_reason: str | None = None
-    stop_criteria: list[str] = field(default_factory=list)
-
-    @property
-    def refused(self) -> bool:
-        """Whether a forbidden action was tried and not allowed."""
-        return self.trial is not None and not self.applied
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Outcome:
-        """Read what `dataclasses.asdict` wrote."""
-        trial = data["trial"]
-        return cls(**{**data, "trial": TrialResult.from_dict(trial) if trial else None})
 
 
 class Session:
@@ -123,7 +66,9 @@ class Session:
         self.trainer = Trainer(settings.system, data, seed=seed, device=device, lanes=lanes)
         self.arena, self.engine = self.trainer.arena, self.trainer.engine
         self.gate = Gate(self.engine, FIRST_TRIAL_LANE, settings.gate)
-        self.table = action_table(settings.system.model)
+        self.moves = Moves(self.arena, MAIN)
+        self.table = self.moves.table
+        self.guard = DivergenceGuard(self.arena, MAIN, settings.divergence)
         self.notify: Callable[..., None] = lambda kind, **data: None
         """Called with ("phase1" | "train" | "trial", done=..., total=...) as work goes on."""
         self.trained: LaneState | None = None
@@ -138,6 +83,7 @@ class Session:
 
     def _clear(self) -> None:
         capacity = self.arena.scratch - 1
+        self.guard.reset()
         self.boundary = Boundary(hard_limits(capacity))
         self.boundary.history.append(
             {"stage": 1, "decision": 0, "attempted": 0, "accepted": 0, "evidence": 1.0}
@@ -146,8 +92,6 @@ class Session:
         self.last: Outcome | None = None
         self.decision = 0
         self.spent = 0
-        self.rollbacks_in_a_row = 0
-        self.rollbacks = 0
         self.shadow_diverged = False
         self.visited: list[str] = []
         self.tries: list[dict[str, Any]] = []
@@ -156,9 +100,6 @@ class Session:
         self.bits_start: dict[str, float] = {}
         self.agents_start = 0
         self.reference_flops = 1.0
-        self.best: LaneState | None = None
-        self.best_loss = math.inf
-        self.best_phase = -1
         self.stop_reason: str | None = None
         self.stop_criteria: list[str] = []
 
@@ -184,6 +125,10 @@ class Session:
         """Whether the episode is over because compute or decisions are used up."""
         return self.stop_reason in (BUDGET_SPENT, ALL_DECISIONS)
 
+    def possible(self, action: Action) -> bool:
+        """Whether an action can be done at all, permitted or not."""
+        return self.moves.why_impossible(action, self.boundary) is None
+
     def begin(self) -> None:
         """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
         self._clear()
@@ -198,6 +143,7 @@ class Session:
             for done in range(0, total, chunk):
                 self.notify("phase1", done=done, total=total)
                 self.engine.train(MAIN, MAIN + 1, min(chunk, total - done))
+            self.notify("phase1", done=total, total=total)
             self.engine.mode = self.settings.system.update.mode
         self.trained = self.arena.read_lane(MAIN)
         for name, value in (
@@ -212,8 +158,8 @@ class Session:
         self.agents_start = self.tree.agents
         self.reference_flops = self._flops(MAIN)
         self.bits = self.bits_start = self.trainer.evaluate("validation")
-        self.visited = [self.signature(MAIN)]
-        self._remember_best()
+        self.visited = [self.moves.signature(MAIN)]
+        self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
         self.ledger.append(
             "start",
             seed=self.seed,
@@ -230,13 +176,13 @@ class Session:
         Raises:
             ActionError: if there is no such action; then nothing has happened.
         """
-        action = self.action(index)
+        action = self.moves.look_up(index)
         self.trainer.set_mix(self.world.mix(self.decision))
-        request = self.request(action)
-        impossible = self.why_impossible(action)
+        request = self.moves.request(action)
+        impossible = self.moves.why_impossible(action, self.boundary)
         ruling = self.boundary.rule(request)
         outcome = Outcome(
-            self.decision, index, action.kind, self.name(action), self.boundary.stage,
+            self.decision, index, action.kind, self.moves.name(action), self.boundary.stage,
             permitted=ruling.permitted and impossible is None, rule=ruling.rule,
             impossible=impossible,
         )  # fmt: skip
@@ -279,7 +225,7 @@ class Session:
             if not self.shadow_diverged:
                 self.arena.copy_lane(MAIN, SHADOW_LANE)
                 self.shadow_diverged = True
-            self.change(action, MAIN)
+            self.moves.change(action, MAIN)
             self._visit()
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
@@ -297,7 +243,7 @@ class Session:
             trial = self.gate.run(
                 MAIN,
                 SHADOW_LANE if self.shadow_diverged else None,
-                lambda lane: self.change(action, lane),
+                lambda lane: self.moves.change(action, lane),
                 seed=derive_seed("attempt", self.seed, self.boundary.attempted),
                 mix=shares,
                 price=self._price,
@@ -313,7 +259,7 @@ class Session:
         if trial.accepted:
             self.arena.write_lane(MAIN, adopted[CHEAT])
             self.shadow_diverged = False
-            again = action.kind != actions.STOP and self.signature(MAIN) in self.visited
+            again = action.kind != actions.STOP and self.moves.signature(MAIN) in self.visited
             self._visit()
             if action.kind == actions.STOP:
                 outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
@@ -383,7 +329,7 @@ class Session:
         self.decision += 1
         if outcome.stopped:
             self.end(outcome.stop_reason or "stopped", outcome.stop_criteria)
-        elif self.rollbacks_in_a_row > self.settings.max_rollbacks:
+        elif self.guard.in_a_row > self.settings.max_rollbacks:
             self.end("divergence beyond rollback")
         elif self.spent >= self.settings.budget:
             self.end(BUDGET_SPENT)
@@ -421,7 +367,7 @@ class Session:
             "train_steps": self.trainer.steps,
             "lane_steps": self.spent,
             "skipped_steps": int(self.arena["skipped"][MAIN]),
-            "rollbacks": self.rollbacks,
+            "rollbacks": self.guard.rollbacks,
             "hyper": self.arena.get_hyper(MAIN),
             "bounds": asdict(boundary.bounds),
             "benchmarks": [asdict(b) | {"name": b.name} for b in self.autonomy.benchmarks],
@@ -429,108 +375,18 @@ class Session:
             "state_hash": self.trainer.state_hash(),
         }
 
-    # -- safety ----------------------------------------------------------------------------------
-
-    def _remember_best(self) -> None:
-        phase = self.world.phase(self.decision)
-        loss = self.bits[self.world.current(self.decision)]
-        if phase != self.best_phase:
-            self.best_phase, self.best_loss = phase, math.inf
-        if loss < self.best_loss:
-            self.best, self.best_loss = self.arena.read_lane(MAIN), loss
-
     def _guard(self) -> bool:
-        """Roll back to the best state if the present one is not finite or far worse."""
-        loss = self.bits[self.world.current(self.decision)]
-        finite = all(math.isfinite(b) for b in self.bits.values())
-        same_phase = self.world.phase(self.decision) == self.best_phase
-        if finite and (not same_phase or loss <= self.settings.divergence * self.best_loss):
-            self.rollbacks_in_a_row = 0
-            self._remember_best()
-            return False
-        assert self.best is not None
-        cursor = self.arena["data_cursor"][MAIN].clone()
-        self.arena.write_lane(MAIN, self.best)
-        self.arena["data_cursor"][MAIN] = cursor
-        self.rollbacks += 1
-        self.rollbacks_in_a_row += 1
-        self.bits = self.trainer.evaluate("validation")
-        return True
-
-    # -- actions ---------------------------------------------------------------------------------
-
-    def action(self, index: int) -> Action:
-        """Look an action up.
-
-        Raises:
-            ActionError: if there is none with this index.
-        """
-        if not 0 <= index < len(self.table):
-            raise ActionError(
-                f"action {index} is not in the table: choose 0 to {len(self.table) - 1}"
-            )
-        return self.table[index]
-
-    def name(self, action: Action) -> str:
-        """Name an action for people, with the block that it means now."""
-        if action.slot in self.tree.blocks:
-            verb = "add under" if action.kind == actions.ADD else "delete"
-            return f"{verb} {self.tree.name(action.slot)}"
-        return action.label
-
-    def request(self, action: Action) -> Request:
-        """Work out what an action asks for in the present state."""
-        agents = self.tree.agents
-        if action.kind == actions.TUNE:
-            now = self.arena.get_hyper(MAIN)[action.parameter]
-            value = tuned_value(action.parameter, now, action.value)
-            return Request(action, value, agents)
-        if action.kind == actions.PRUNE:
-            return Request(action, None, agents - max(1, math.floor(action.value * agents)))
-        if action.kind == actions.DELETE and action.slot in self.tree.blocks:
-            return Request(action, None, agents - len(self.tree.subtree(action.slot)))
-        return Request(action, None, agents)
-
-    def why_impossible(self, action: Action) -> str | None:
-        """Say why an action cannot be done at all, whatever is permitted; None if it can."""
-        hard, request = self.boundary.hard, self.request(action)
-        if action.kind == actions.ADD:
-            return edits.why_not_add(self.arena, MAIN, action.slot)
-        if action.kind == actions.DELETE and action.slot not in self.tree.blocks:
-            return f"slot {action.slot} holds no block"
-        fewest = hard.min_agents
-        if action.kind in (actions.DELETE, actions.PRUNE) and request.agents_after < fewest:
-            return f"the hard limit keeps at least {fewest} agents"
-        if action.kind == actions.TUNE:
-            assert request.value is not None
-            low, high = hard.range(action.parameter)
-            if not hard.holds(action.parameter, request.value):
-                return f"the hard limit holds {action.parameter} in [{low:g}, {high:g}]"
-        if action.kind in (actions.BENCHMARK, actions.GOAL) and self.boundary.stage < 4:
-            return "own benchmarks and goals exist in stage 4 only"
-        return None
-
-    def change(self, action: Action, lane: int) -> None:
-        """Make an action's change in a lane (nothing for no-op and stop)."""
-        if action.kind == actions.ADD:
-            edits.add_agent(self.arena, lane, action.slot)
-        elif action.kind == actions.DELETE and action.slot != ROOT_SLOT:
-            edits.delete_agent(self.arena, lane, action.slot)
-        elif action.kind == actions.PRUNE:
-            edits.prune(self.arena, lane, action.value)
-        elif action.kind == actions.TUNE:
-            now = self.arena.get_hyper(lane)[action.parameter]
-            value = tuned_value(action.parameter, now, action.value)
-            self.arena.set_hyper(lane, action.parameter, value)
-
-    def signature(self, lane: int) -> str:
-        """Identify a lane's configuration: its tree and hyper-parameters."""
-        hyper = self.arena.get_hyper(lane)
-        return f"{self.arena.trees[lane].signature()}|{sorted(hyper.items())}"
+        """Go back to the best state if the system has diverged."""
+        phase, loss = self.world.phase(self.decision), self.bits[self.world.current(self.decision)]
+        finite = all(math.isfinite(bits) for bits in self.bits.values())
+        went_back = self.guard.check(phase, loss, finite)
+        if went_back:
+            self.bits = self.trainer.evaluate("validation")
+        return went_back
 
     def _visit(self) -> None:
-        if self.signature(MAIN) not in self.visited:
-            self.visited.append(self.signature(MAIN))
+        if self.moves.signature(MAIN) not in self.visited:
+            self.visited.append(self.moves.signature(MAIN))
 
     def _flops(self, lane: int) -> float:
         blocks = len(self.arena.trees[lane].blocks)
@@ -547,15 +403,15 @@ class Session:
         lanes = {"main": self.arena.read_lane(MAIN)}
         if self.shadow_diverged:
             lanes["shadow"] = self.arena.read_lane(SHADOW_LANE)
-        if self.best is not None:
-            lanes["best"] = self.best
+        if self.guard.best is not None:
+            lanes["best"] = self.guard.best
         tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
         state = {
             "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},
             "boundary": self.boundary.to_dict(),
             "autonomy": self.autonomy.to_dict(),
             **{name: getattr(self, name) for name in _PLAIN},
-            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "guard": self.guard.to_dict(),
             "visited": list(self.visited),
             "tries": [dict(entry) for entry in self.tries],
             "last": asdict(self.last) if self.last else None,
@@ -578,33 +434,30 @@ class Session:
             self.arena.write_lane(MAIN, lanes["main"])
             if "shadow" in lanes:
                 self.arena.write_lane(SHADOW_LANE, lanes["shadow"])
+            best = lanes["best"].to(self.arena.device) if "best" in lanes else None
             self.boundary = Boundary.from_dict(state["boundary"])
             self.autonomy = Autonomy.from_dict(state["autonomy"])
             for name in _PLAIN:
                 setattr(self, name, state[name])
             self.visited = list(state["visited"])
             self.tries = [dict(entry) for entry in state["tries"]]
-            last, best_loss = state["last"], state["best_loss"]
+            self.guard.load_dict(state["guard"], best)
+            last = state["last"]
         except KeyError as error:
             raise CheckpointError(
                 f"the checkpoint lacks {error}: it is of another version"
             ) from None
-        self.best = lanes["best"].to(self.arena.device) if "best" in lanes else None
-        self.best_loss = math.inf if best_loss is None else best_loss
         self.last = Outcome.from_dict(last) if last else None
 
 
 _PLAIN = (
     "decision",
     "spent",
-    "rollbacks_in_a_row",
-    "rollbacks",
     "shadow_diverged",
     "bits",
     "bits_start",
     "agents_start",
     "reference_flops",
-    "best_phase",
     "stop_reason",
     "stop_criteria",
 )

@@ -215,13 +215,13 @@ def small_config(**sections: dict[str, Any]) -> Config:
 
 
 def make_ragged(trainer: Trainer) -> Trainer:
-    """Edit a (2, 2) tree: leaves on the levels 1, 2 and 3, a hole among the ranks and slots."""
-    trainer.add_agent(5)
-    trainer.delete_agent(6)
+    """Edit a (2, 2) tree: leaves 8, 3 and 7 on the levels 1 to 3, holes among ranks and slots."""
+    trainer.add_agent(6)
+    trainer.delete_agent(5)
     new = trainer.add_agent(0)
     for slot in trainer.tree.children(trainer.tree.slot_of(new)):
         trainer.delete_agent(trainer.tree.blocks[slot].id)
-    trainer.delete_agent(3)
+    trainer.delete_agent(4)
     return trainer
 
 

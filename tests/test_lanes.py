@@ -37,7 +37,7 @@ def test_a_fork_is_a_true_copy(make, router, mode):
     other = fork.state_hash()
     again = trainer.fork()
     trainer.train(3)
-    trainer.delete_agent(4)
+    trainer.delete_agent(3)
     assert fork.state_hash() == other and again.state_hash() == parent
 
 

@@ -15,7 +15,8 @@ from k1.data import TextData, load_data
 from k1.errors import K1Error
 from k1env import render
 from k1env.gate import Comparison, GateConfig, TrialResult
-from k1env.session import Outcome, Session
+from k1env.outcome import Outcome
+from k1env.session import Session
 from k1env.settings import Settings
 
 needs_pillow = pytest.mark.skipif(

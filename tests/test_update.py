@@ -167,7 +167,7 @@ def error(a, b):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("culprits", [(7,), (4,), (8,), (4, 7), (8, 4, 7)])
+@pytest.mark.parametrize("culprits", [(7,), (3,), (8,), (3, 7), (8, 3, 7)])
 def test_path_gradient_is_exact_for_leaves_routers_and_head(make, router, culprits):
     trainer = shake(make_ragged(make(model={"router": router})))
     selection = select(trainer, *culprits)
@@ -200,7 +200,7 @@ def test_path_gradient_of_everything_is_the_full_gradient(make, router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("culprits", [(7,), (8, 4)])
+@pytest.mark.parametrize("culprits", [(7,), (8, 3)])
 def test_partial_gradients_are_those_with_all_else_constant(make, router, culprits):
     trainer = shake(make_ragged(make(model={"router": router})))
     _, _, partial, shared = both_gradients(trainer, select(trainer, *culprits))

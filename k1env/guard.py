@@ -1,0 +1,74 @@
+"""The divergence guard: keeps the best state of the present domain, and goes back to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from k1.arena import Arena, LaneState
+
+
+class DivergenceGuard:
+    """Watches one lane. A new domain starts a new record, since its losses are others."""
+
+    def __init__(self, arena: Arena, lane: int, tolerance: float) -> None:
+        """Start without a record; `tolerance` is the loss relative to the best that is too much."""
+        self.arena, self.lane, self.tolerance = arena, lane, tolerance
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.best: LaneState | None = None
+        self.best_loss = math.inf
+        self.phase = -1
+        self.rollbacks = 0
+        self.in_a_row = 0
+
+    def remember(self, phase: int, loss: float) -> None:
+        """Keep the lane as it is if it is the best of its phase so far."""
+        if phase != self.phase:
+            self.phase, self.best_loss = phase, math.inf
+        if loss < self.best_loss:
+            self.best, self.best_loss = self.arena.read_lane(self.lane), loss
+
+    def check(self, phase: int, loss: float, finite: bool) -> bool:
+        """Go back to the best state if the present one is not finite or far worse.
+
+        Weights, moments, tree and hyper-parameters go back; the stream of text does not, so that
+        the batches that did the harm are not met again.
+
+        Args:
+            phase: number of the present domain's phase.
+            loss: bits per byte of the present domain.
+            finite: whether all losses are.
+
+        Returns:
+            Whether it went back.
+        """
+        if finite and (phase != self.phase or loss <= self.tolerance * self.best_loss):
+            self.in_a_row = 0
+            self.remember(phase, loss)
+            return False
+        assert self.best is not None
+        cursor = self.arena["data_cursor"][self.lane].clone()
+        self.arena.write_lane(self.lane, self.best)
+        self.arena["data_cursor"][self.lane] = cursor
+        self.rollbacks += 1
+        self.in_a_row += 1
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record without the state itself, as plain JSON data."""
+        return {
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "phase": self.phase,
+            "rollbacks": self.rollbacks,
+            "in_a_row": self.in_a_row,
+        }
+
+    def load_dict(self, data: dict[str, Any], best: LaneState | None) -> None:
+        """Take over what `to_dict` wrote, and the best state."""
+        loss = data["best_loss"]
+        self.best_loss = math.inf if loss is None else loss
+        self.phase, self.rollbacks = data["phase"], data["rollbacks"]
+        self.in_a_row, self.best = data["in_a_row"], best

@@ -1,0 +1,94 @@
+"""What each action means in the present state: what it asks for, whether it can be, doing it."""
+
+from __future__ import annotations
+
+import math
+
+from k1 import edits
+from k1.arena import Arena
+from k1.topology import ROOT_SLOT, Topology
+from k1env import actions
+from k1env.actions import Action, ActionError, action_table, tuned_value
+from k1env.boundary import Boundary, Request
+
+
+class Moves:
+    """The action table, bound to the lane that it is about."""
+
+    def __init__(self, arena: Arena, lane: int) -> None:
+        """Lay the table out for an arena's configuration."""
+        self.arena, self.lane = arena, lane
+        self.table = action_table(arena.config.model)
+
+    @property
+    def _tree(self) -> Topology:
+        return self.arena.trees[self.lane]
+
+    def look_up(self, index: int) -> Action:
+        """Find an action by its index.
+
+        Raises:
+            ActionError: if there is none.
+        """
+        if not 0 <= index < len(self.table):
+            raise ActionError(
+                f"action {index} is not in the table: choose 0 to {len(self.table) - 1}"
+            )
+        return self.table[index]
+
+    def name(self, action: Action) -> str:
+        """Name an action for people, with the block that it means now."""
+        if action.slot in self._tree.blocks:
+            verb = "add under" if action.kind == actions.ADD else "delete"
+            return f"{verb} {self._tree.name(action.slot)}"
+        return action.label
+
+    def request(self, action: Action) -> Request:
+        """Work out what an action asks for."""
+        agents = self._tree.agents
+        if action.kind == actions.TUNE:
+            return Request(action, self._tuned(action, self.lane), agents)
+        if action.kind == actions.PRUNE:
+            return Request(action, None, agents - max(1, math.floor(action.value * agents)))
+        if action.kind == actions.DELETE and action.slot in self._tree.blocks:
+            return Request(action, None, agents - len(self._tree.subtree(action.slot)))
+        return Request(action, None, agents)
+
+    def _tuned(self, action: Action, lane: int) -> float:
+        now = self.arena.get_hyper(lane)[action.parameter]
+        return tuned_value(action.parameter, now, action.value)
+
+    def why_impossible(self, action: Action, boundary: Boundary) -> str | None:
+        """Say why an action cannot be done at all, whatever is permitted; None if it can."""
+        hard, request = boundary.hard, self.request(action)
+        if action.kind == actions.ADD:
+            return edits.why_not_add(self.arena, self.lane, action.slot)
+        if action.kind == actions.DELETE and action.slot not in self._tree.blocks:
+            return f"slot {action.slot} holds no block"
+        fewest = hard.min_agents
+        if action.kind in (actions.DELETE, actions.PRUNE) and request.agents_after < fewest:
+            return f"the hard limit keeps at least {fewest} agents"
+        if action.kind == actions.TUNE:
+            assert request.value is not None
+            low, high = hard.range(action.parameter)
+            if not hard.holds(action.parameter, request.value):
+                return f"the hard limit holds {action.parameter} in [{low:g}, {high:g}]"
+        if action.kind in (actions.BENCHMARK, actions.GOAL) and boundary.stage < 4:
+            return "own benchmarks and goals exist in stage 4 only"
+        return None
+
+    def change(self, action: Action, lane: int) -> None:
+        """Make an action's change in a lane (nothing for those that change no lane)."""
+        if action.kind == actions.ADD:
+            edits.add_agent(self.arena, lane, action.slot)
+        elif action.kind == actions.DELETE and action.slot != ROOT_SLOT:
+            edits.delete_agent(self.arena, lane, action.slot)
+        elif action.kind == actions.PRUNE:
+            edits.prune(self.arena, lane, action.value)
+        elif action.kind == actions.TUNE:
+            self.arena.set_hyper(lane, action.parameter, self._tuned(action, lane))
+
+    def signature(self, lane: int) -> str:
+        """Identify a lane's configuration: its tree and hyper-parameters."""
+        hyper = self.arena.get_hyper(lane)
+        return f"{self.arena.trees[lane].signature()}|{sorted(hyper.items())}"

@@ -1,0 +1,67 @@
+"""What came of a decision, and what logs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from k1env.gate import TrialResult
+
+
+class LedgerLike(Protocol):
+    """Whatever takes entries: a run folder's ledger or a list in memory."""
+
+    def append(self, kind: str, /, **data: Any) -> Any:
+        """Log one entry."""
+
+
+class MemoryLedger:
+    """A ledger that is not kept."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.entries: list[tuple[str, dict[str, Any]]] = []
+
+    def append(self, kind: str, /, **data: Any) -> None:
+        """Log one entry."""
+        self.entries.append((kind, data))
+
+
+@dataclass
+class Outcome:
+    """What came of one decision."""
+
+    decision: int
+    action: int
+    kind: str
+    name: str
+    stage: int
+    """Stage in which it was decided."""
+    permitted: bool = False
+    rule: str = ""
+    impossible: str | None = None
+    trial: TrialResult | None = None
+    applied: bool = False
+    credited: bool = False
+    verdict: str = ""
+    """One line for people."""
+    promoted: bool = False
+    rolled_back: bool = False
+    spent: int = 0
+    """Lane steps."""
+    fall: float = 0.0
+    """Fall of the mean bits per byte over the domains seen."""
+    stopped: bool = False
+    stop_reason: str | None = None
+    stop_criteria: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> bool:
+        """Whether a forbidden action was tried and not allowed."""
+        return self.trial is not None and not self.applied
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Outcome:
+        """Read what `dataclasses.asdict` wrote."""
+        trial = data["trial"]
+        return cls(**{**data, "trial": TrialResult.from_dict(trial) if trial else None})
