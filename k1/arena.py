@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k1.attribution import NEVER
+from k1.attribution import NEVER, Looks
 from k1.block import block_layout, initial_rows, shared_layout
 from k1.config import Config
 from k1.errors import CheckpointError
@@ -72,6 +72,7 @@ class Arena:
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
+        self._looks: dict[tuple[int, int], Looks] = {}
         s, p, q = self.scratch + 1, self.block_layout.total, self.shared_layout.total
         ev = config.evidence
         table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
@@ -128,26 +129,46 @@ class Arena:
         self[name][lane] = value
         if name == "top_k":
             self.host_top_k[lane] = int(value)
+            self._forget(lane)
 
     def get_hyper(self, lane: int) -> dict[str, float]:
         """Read the hyper-parameters of a lane."""
         names = ("lr", "top_k", "cooldown", "exploration")
         return {name: self[name][lane].item() for name in names}
 
-    def shallowest_leaf(self, lane: int) -> int:
-        """Level of the leaf closest to the root."""
-        tree = self.trees[lane]
-        parents = {block.parent for block in tree.blocks.values()}
-        return min(b.level for b in tree.blocks.values() if b.slot not in parents)
+    def looks(self, start: int, stop: int) -> Looks:
+        """How many leaves the drill-down of lanes start..stop looks at.
+
+        The first path takes at least as many of `top_k` as the shallowest leaf is deep, and every
+        further one takes at least one.
+        """
+        if (start, stop) not in self._looks:
+            counts = []
+            for lane in range(start, stop):
+                blocks = self.trees[lane].blocks.values()
+                parents = {block.parent for block in blocks}
+                shallowest = min(b.level for b in blocks if b.slot not in parents)
+                counts.append(max(1, self.host_top_k[lane] - shallowest + 1))
+            by_lane = torch.tensor(counts, device=self.device)
+            self._looks[start, stop] = Looks(by_lane, max(counts))
+        return self._looks[start, stop]
 
     def set_tree(self, lane: int, tree: Topology) -> None:
         """Give a lane its tree (after an edit too: the device index follows)."""
         self.trees[lane] = tree
-        self._index = {
-            (start, stop): index
-            for (start, stop), index in self._index.items()
-            if not start <= lane < stop
-        }
+        self._forget(lane)
+
+    def _forget(self, lane: int) -> None:
+        """Drop what was derived from a lane's tree and `top_k`."""
+        for cache in (self._index, self._looks):
+            for start, stop in [key for key in cache if key[0] <= lane < key[1]]:
+                del cache[start, stop]
+
+    def prepare(self, ranges: list[tuple[int, int]]) -> None:
+        """Derive what ranges of lanes need, before threads ask for it."""
+        for start, stop in ranges:
+            self.index(start, stop)
+            self.looks(start, stop)
 
     def index(self, start: int, stop: int) -> list[LevelIndex]:
         """Return the level index of lanes start..stop."""

@@ -30,6 +30,16 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Looks:
+    """How many leaves the drill-down looks at."""
+
+    by_lane: Tensor
+    """int64 [L]: a lane's own number, so that its choice does not depend on its neighbours."""
+    most: int
+    """The largest of them, known to the host."""
+
+
+@dataclass(frozen=True)
 class SelectionRules:
     """Settings of the drill-down, one per lane where they are tensors."""
 
@@ -103,9 +113,9 @@ def select_paths(
     uniform: Tensor,
     levels: list[LevelIndex],
     rules: SelectionRules,
-    picks: int,
+    looks: Looks,
 ) -> Selection:
-    """Choose the paths of one step by drilling down `picks` times.
+    """Choose the paths of one step by drilling down again and again.
 
     The first path always counts. A further culprit counts if its path fits into `top_k` together
     with what is already chosen and its responsibility is at least `min_share` of the first's. A
@@ -119,7 +129,7 @@ def select_paths(
         uniform: float32 [L, 1 + S] in [0, 1): whether to explore, then a random score per slot.
         levels: the trees.
         rules: settings.
-        picks: how many leaves are looked at. A leaf that does not fit is passed over.
+        looks: how many leaves are looked at. A leaf that does not fit is passed over.
     """
     lanes, slots = responsibility.shape
     device = responsibility.device
@@ -150,7 +160,7 @@ def select_paths(
     first: Tensor | None = None
     lane = torch.arange(lanes, device=device)
     used = torch.zeros(lanes, dtype=torch.int64, device=device)
-    for _ in range(picks):
+    for look in range(looks.most):
         open_ = _subtree_any(eligible, levels)
         walk = _descend(cut(score), open_, levels)
         found = open_[0][:, 0]
@@ -180,7 +190,7 @@ def select_paths(
             first, take = weight, found
         else:
             fits = used + new <= rules.top_k
-            take = found & fits & (weight >= rules.min_share * first)
+            take = found & fits & (weight >= rules.min_share * first) & (look < looks.by_lane)
         taken = take[:, None]
         on_path |= path & taken
         scale = torch.where(taken, torch.maximum(scale, wanted), scale)

@@ -35,20 +35,20 @@ def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> 
     sys.exit(code or 0)
 
 
-def prepare_torch(device: str, threads: int | None = None) -> None:
-    """Make runs reproducible on this machine, and set the number of CPU threads.
+def prepare_torch(device: str) -> None:
+    """Make runs reproducible on this machine, and set torch's threads up for small blocks.
 
     Args:
         device: cpu or cuda.
-        threads: CPU threads; torch's own choice if None.
     """
     import os
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if device == "cpu":
+        torch.set_num_threads(1)  # threads work on lanes, not on products (k1.engine)
     if device == "cuda":
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.set_float32_matmul_precision("high")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -50,6 +52,23 @@ class Engine:
         self.mode = arena.config.update.mode
         self.chunk = lane_chunk or (arena.lanes if arena.device.type == "cuda" else 2)
 
+    def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
+        """Do work on lanes start..stop, chunk by chunk.
+
+        On a CPU the chunks run side by side, a thread each: lanes share nothing, so the result
+        does not depend on their timing, and two threads that work alone are much faster than two
+        that meet at every small product. (`k1.cli.prepare_torch` gives each product one thread.)
+        """
+        chunks = [(i, min(stop, i + self.chunk)) for i in range(start, stop, self.chunk)]
+        if len(chunks) == 1 or self.arena.device.type != "cpu":
+            for low, high in chunks:
+                work(low, high)
+            return
+        self.arena.prepare(chunks)
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            for future in [pool.submit(work, low, high) for low, high in chunks]:
+                future.result()
+
     def train(
         self,
         start: int,
@@ -65,12 +84,14 @@ class Engine:
             steps: how many steps.
             factor: learning-rate factor of step 0, 1, ...; kept as it is by default.
         """
-        for low in range(start, stop, self.chunk):
-            high = min(stop, low + self.chunk)
+
+        def work(low: int, high: int) -> None:
             for i in range(steps):
                 if factor is not None:
                     self.arena["lr_factor"][low:high] = factor(i)
                 self.step(low, high)
+
+        self._each_chunk(start, stop, work)
 
     def step(self, start: int, stop: int, batch: Batch | None = None) -> StepResult:
         """Make one training step in lanes start..stop, on the next batch of their streams."""
@@ -229,9 +250,8 @@ class Engine:
             a["data_seed"][start:stop], STREAM_EXPLORE, step, measured.shape[1] + 1
         )
         last = a["last_culprit"][start:stop]
-        picks = max(a.host_top_k[lane] - a.shallowest_leaf(lane) + 1 for lane in range(start, stop))
-        levels = a.index(start, stop)
-        return select_paths(measured, last, step, uniform, levels, rules, max(1, picks))
+        levels, looks = a.index(start, stop), a.looks(start, stop)
+        return select_paths(measured, last, step, uniform, levels, rules, looks)
 
     def _clip(
         self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
@@ -289,6 +309,8 @@ class Engine:
         fine: Tensor,
     ) -> None:
         """Add the batch's bigrams to the path blocks, by their share of the routing."""
+        if len(paths) == 1:
+            return  # a root without children routes nothing
         slots, shares = [], []
         for route, path in zip(done.routing, paths[1:], strict=True):
             weight = route.by_child
@@ -298,7 +320,8 @@ class Engine:
             on = path.valid & updated & fine[:, None]
             tokens = text.bigram[0].numel()
             slots.append(path.slot)
-            shares.append((share * on[..., None]).expand(-1, -1, tokens))
+            # Not a product: a share may be NaN in a step that is skipped.
+            shares.append(torch.where(on[..., None], share, 0.0).expand(-1, -1, tokens))
         add_counts(
             self.arena["evidence"][start:stop],
             torch.cat(slots, 1),
@@ -333,29 +356,32 @@ class Engine:
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def bits_per_byte(self, start: int, stop: int, batch: Batch) -> Tensor:
         """Bits per byte of lanes start..stop on a batch [L or 1, B, T]: float64 [L]."""
-        a, out = self.arena, []
-        for low in range(start, stop, self.chunk):
-            high = min(stop, low + self.chunk)
-            lanes = high - low
-            if batch.inputs.shape[0] == 1:
-                part = batch.map(partial(_repeat, lanes=lanes))
-            else:
-                part = batch.map(itemgetter(slice(low - start, high - start)))
-            nats, size = torch.zeros(2, lanes, dtype=torch.float64, device=a.device)
-            for first in range(0, part.inputs.shape[1], a.config.train.batch):
-                windows = slice(first, first + a.config.train.batch)
-                piece = part.map(itemgetter((slice(None), windows)))
-                weights, text = a.weights(low, high), read_text(piece, a.config)
-                index, router = a.index(low, high), a.router(low, high)
-                done = forward(weights, router, index, piece, text, a.config)
-                pieces = weights.shared_layout.unpack(weights.shared)
-                nats += token_losses(pieces, done.output, piece.targets).double().sum(1)
-                size += self.store.bytes_in(piece.targets)
-            out.append(nats / LN2 / size)
-        return torch.cat(out)
+        out = torch.zeros(stop - start, dtype=torch.float64, device=self.arena.device)
+
+        def work(low: int, high: int) -> None:
+            part = slice(low - start, high - start)
+            shared = batch.inputs.shape[0] == 1
+            own = batch.map(partial(_repeat, lanes=high - low) if shared else itemgetter(part))
+            out[part] = self._measure(low, high, own)
+
+        self._each_chunk(start, stop, work)
+        return out
+
+    @torch.no_grad()
+    def _measure(self, start: int, stop: int, batch: Batch) -> Tensor:
+        a, size = self.arena, self.arena.config.train.batch
+        levels, router = a.index(start, stop), a.router(start, stop)
+        weights = a.weights(start, stop)
+        pieces = weights.shared_layout.unpack(weights.shared)
+        nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=a.device)
+        for first in range(0, batch.inputs.shape[1], size):
+            part = batch.map(itemgetter((slice(None), slice(first, first + size))))
+            done = forward(weights, router, levels, part, read_text(part, a.config), a.config)
+            nats += token_losses(pieces, done.output, part.targets).double().sum(1)
+            length += self.store.bytes_in(part.targets)
+        return nats / LN2 / length
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

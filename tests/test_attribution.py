@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from k1.attribution import NEVER, SelectionRules, responsibilities, select_paths
+from k1.attribution import Looks, NEVER, SelectionRules, responsibilities, select_paths
 from k1.forward import read_text
 from k1.topology import Topology, index_levels
 from tests.reference import Reference, make_ragged, next_batch, shake
@@ -80,7 +80,7 @@ def run_select(tree, responsibility, last, step, top_k, cooldown, min_share, pic
     levels = index_levels([tree], torch.device("cpu"))
     return select_paths(
         torch.tensor([responsibility]), torch.tensor([last]), torch.tensor([step]), uniform,
-        levels, rules, picks,
+        levels, rules, Looks(torch.tensor([picks]), picks),
     )  # fmt: skip
 
 
@@ -227,13 +227,13 @@ def test_cooldown_zero_lets_a_culprit_return_at_once(make):
 def test_without_exploration_the_path_follows_the_responsibilities(make, mode):
     trainer = shake(make_ragged(make(train={"top_k": 4, "cooldown": 2}, update={"mode": mode})))
     tree, arena = trainer.tree, trainer.arena
-    picks = 4 - arena.shallowest_leaf(0) + 1
+    looks = arena.looks(0, 1)
     for step in range(15):
         last = arena["last_culprit"][0].tolist()
         report = trainer.step()
         measured = {tree.slot_of(i): value for i, value in report.responsibility.items()}
         scale, culprits = drill_down(
-            tree, measured, last, step, 4, 2, 0.1, picks, (1.0, 0.15, 0.05), 0.05
+            tree, measured, last, step, 4, 2, 0.1, looks.most, (1.0, 0.15, 0.05), 0.05
         )
         assert [p[-1] for p in report.path] == [tree.blocks[c].id for c in culprits]
         assert report.scales == pytest.approx({tree.blocks[s].id: v for s, v in scale.items()})
