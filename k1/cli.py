@@ -50,5 +50,5 @@ def prepare_torch(device: str) -> None:
         torch.set_num_threads(1)  # threads work on lanes, not on products (k1.engine)
     if device == "cuda":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("high")

@@ -228,7 +228,7 @@ PRESETS: dict[str, Config] = {
     # Minutes on two cores: the default tree of 41 blocks, narrow.
     "cpu": Config(
         model=ModelConfig(embed=32, feed_forward=64, heads=2),
-        train=TrainConfig(batch=8),
+        train=TrainConfig(batch=8, lr=2.5e-4),
     ),
     "gpu": Config(
         model=ModelConfig(context=128),

@@ -119,8 +119,8 @@ class Engine:
         weights = a.weights(start, stop)
         weights = replace(
             weights,
-            levels=[w.detach().requires_grad_() for w in weights.levels],
-            shared=weights.shared.detach().requires_grad_(),
+            levels=[_leaf(w) for w in weights.levels],
+            shared=_leaf(weights.shared),
         )
         levels = a.index(start, stop)
         done = forward(weights, a.router(start, stop), levels, batch, text, a.config)
@@ -191,7 +191,7 @@ class Engine:
         paths = index_paths(selection.on_path, levels, limit, a.scratch)
         lane = torch.arange(start, stop, device=a.device)[:, None]
         rows = [a["weight"][lane, path.slot].requires_grad_() for path in paths]
-        shared = a["shared"][start:stop].detach().requires_grad_()
+        shared = _leaf(a["shared"][start:stop])
         loss = path_loss(
             rows, replace(weights, shared=shared), frozen, paths, levels, batch, a.config
         )
@@ -382,6 +382,15 @@ class Engine:
             nats += token_losses(pieces, done.output, part.targets).double().sum(1)
             length += self.store.bytes_in(part.targets)
         return nats / LN2 / length
+
+
+def _leaf(view: Tensor) -> Tensor:
+    """Make an autograd leaf of a part of the arena, without a copy.
+
+    `data`, for `detach` would share the arena's version counter: the update of other lanes, in
+    other threads, would then look like a change of this one.
+    """
+    return view.data.requires_grad_()
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

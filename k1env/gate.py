@@ -37,7 +37,8 @@ class GateConfig:
     anneal: int = 30
     """Steps over which the scoring copies' learning rate falls to zero."""
     early: int = 2
-    """A trial ends after this many seeds if none of them shows a gain."""
+    """A trial ends after this many seeds if none of them shows a gain, and later as soon as the
+    mean gain is not above the margin. Ending early can only refuse, so it costs no error."""
     group: int = 2
     """Seeds trained at once after that; more need more memory."""
     windows: int = 64
@@ -190,7 +191,7 @@ class Gate:
             done += size
             if progress:
                 progress(done, config.seeds)
-            if done <= config.early and self._hopeless(scores, stop):
+            if self._hopeless(scores, stop):
                 break
         return self._judge(scores, digests, done, lane_steps, stop)
 
@@ -248,15 +249,25 @@ class Gate:
         return digests, scores
 
     def _hopeless(self, scores: Scores, stop: bool) -> bool:
-        """Whether no seed so far shows a gain over control and shadow."""
-        pairs = [
-            compare(scores[arm], scores[CHEAT], self.config, stop=stop).differences
-            for arm in scores
-            if arm != CHEAT
-        ]
-        if stop:
-            return any(all(not d < self.config.margin for d in p) for p in pairs)
-        return any(all(not d > 0 for d in p) for p in pairs)
+        """Whether the seeds so far speak against the cheat, over control or shadow."""
+        config = self.config
+        for arm in scores:
+            if arm == CHEAT or (arm == SHADOW and stop):
+                continue
+            so_far = compare(scores[arm], scores[CHEAT], config, stop=stop)
+            gains = so_far.differences
+            if not gains:
+                return True
+            if len(gains) <= config.early:
+                limit = config.margin if stop else 0.0
+                against = all(not (d < limit if stop else d > limit) for d in gains)
+            elif stop:
+                against = not so_far.mean < config.margin
+            else:
+                against = not so_far.mean > config.margin
+            if against:
+                return True
+        return False
 
     def _judge(
         self, scores: Scores, digests: list[str], done: int, lane_steps: int, stop: bool
@@ -276,7 +287,7 @@ class Gate:
         elif NOT_FINITE in (control, shadow):
             reason = "a loss was not finite"
         elif done < config.seeds:
-            reason = f"no gain in the first {done} seeds"
+            reason = f"no sufficient gain in the first {done} seeds"
         elif not control.passed:
             reason = f"not shown: p = {control.p_value:.3g} against the control"
         else:

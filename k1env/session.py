@@ -137,6 +137,7 @@ class Session:
             self.arena.write_lane(MAIN, self.start)
         else:
             self.arena.reset_lane(MAIN, instance.seed)
+            self.arena.set_hyper(MAIN, "lr", self.settings.phase1_lr)
             self.trainer.set_mix(self.world.mix(0))
             self.engine.mode = self.settings.phase1_mode
             total, chunk = self.settings.phase1_steps, 20

@@ -18,17 +18,19 @@ class Settings:
     """The K-1 system."""
     gate: GateConfig = field(default_factory=GateConfig)
     """How cheats are tried."""
-    phase1_steps: int = 600
+    phase1_steps: int = 300
     """Steps of Phase 1 that come first, unless a checkpoint is given."""
     phase1_mode: str = "dense"
     """Mode of those steps."""
+    phase1_lr: float = 1e-3
+    """Learning rate of those steps; Phase 2 starts with the system's own (`train.lr`)."""
     interval: int = 60
     """Training steps after each decision."""
     phase_decisions: int = 8
     """Decisions until the stream moves on to the next domain."""
     replay: float = 0.3
     """Share of the stream that keeps coming from the domains seen before."""
-    budget: int = 20_000
+    budget: int = 12_000
     """Lane steps, trials included, after which the episode is truncated."""
     max_decisions: int = 400
     """Decisions after which the episode is truncated."""

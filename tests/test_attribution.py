@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from k1.attribution import Looks, NEVER, SelectionRules, responsibilities, select_paths
+from k1.attribution import NEVER, Looks, SelectionRules, responsibilities, select_paths
 from k1.forward import read_text
 from k1.topology import Topology, index_levels
 from tests.reference import Reference, make_ragged, next_batch, shake
