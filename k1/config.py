@@ -233,7 +233,7 @@ PRESETS: dict[str, Config] = {
     "gpu": Config(
         model=ModelConfig(context=128),
         evidence=EvidenceConfig(buckets=16384),
-        train=TrainConfig(batch=32, eval_windows=256, precision="bfloat16"),
+        train=TrainConfig(batch=32, lr=2.5e-4, eval_windows=256, precision="bfloat16"),
         data=DataConfig(max_bytes=16_000_000),
     ),
     # The sizes that the design's figures were measured at.
