@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from k1.errors import CheckpointError
 from k1env.env import Phase2Env
 from k1env.ledger import GENESIS, Ledger
 from k1env.run_folder import RunFolder
+from k1env.session import Session
+from k1env.settings import Settings
 
 CHECKPOINT_KIND = "phase2"
 CHECKPOINTS_KEPT = 2
@@ -120,13 +124,8 @@ class Runner:
         self.env.reset(seed=self.seed)
         self._save()
 
-    def _continue(self, checkpoint: Any) -> None:
-        tensors, state = load_checkpoint(checkpoint, kind=CHECKPOINT_KIND)
-        if state["data"] != self.env.data.fingerprint:
-            raise CheckpointError(
-                f"{self.folder.path} was made with other text than what is found now: "
-                "give the same --data, unchanged"
-            )
+    def _continue(self, checkpoint: Path) -> None:
+        tensors, state = _read_checkpoint(checkpoint, self.env, self.folder)
         ledger = Ledger.resume(
             self.folder.ledger_path, index=state["ledger_index"], head=state["ledger_head"]
         )
@@ -198,3 +197,44 @@ class Runner:
     def summary(self) -> dict[str, Any]:
         """What the run came to."""
         return {**self.env.session.summary(), "seconds": round(self.seconds, 1)}
+
+
+def _read_checkpoint(
+    checkpoint: Path, env: Phase2Env, folder: RunFolder
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a run's checkpoint and see that it belongs to the environment's text."""
+    tensors, state = load_checkpoint(checkpoint, kind=CHECKPOINT_KIND)
+    if state["data"] != env.data.fingerprint:
+        raise CheckpointError(
+            f"{folder.path} was made with other text than what is found now: "
+            "give the same --data, unchanged"
+        )
+    return tensors, state
+
+
+def open_env(folder: RunFolder, device: str) -> Phase2Env:
+    """Build the environment that a run was made in."""
+    config = folder.config
+    return Phase2Env(
+        config=Settings.from_dict(config["settings"]),
+        data=config["arguments"]["data"],
+        start=config["arguments"]["start"],
+        device=device,
+    )
+
+
+def load_run(path: Path, device: str) -> Session:
+    """Load a run's system in its newest state, to look at it.
+
+    Raises:
+        K1Error: if the folder or its newest checkpoint is damaged, or the text is another.
+    """
+    folder = RunFolder.open(path)
+    newest = latest_checkpoint(folder.checkpoints_path)
+    if newest is None:
+        raise CheckpointError(f"{path} has no checkpoint yet: run it first, or --resume it")
+    env = open_env(folder, device)
+    tensors, state = _read_checkpoint(newest, env, folder)
+    env.session.rebind(folder.config["arguments"]["seed"])
+    env.session.restore(tensors, state["session"])
+    return env.session

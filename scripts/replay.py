@@ -39,21 +39,13 @@ def main(arguments: Arguments) -> int:
     from k1.cli import prepare_torch
     from k1.errors import LedgerError
     from k1.trainer import pick_device
-    from k1env.env import Phase2Env
     from k1env.replay import replay
-    from k1env.settings import Settings
+    from k1env.runner import open_env
 
-    config = folder.config
-    device = pick_device(config["device"]).type
+    device = pick_device(folder.config["device"]).type
     prepare_torch(device)
-    env = Phase2Env(
-        config=Settings.from_dict(config["settings"]),
-        data=config["arguments"]["data"],
-        start=config["arguments"]["start"],
-        device=device,
-    )
-    session = env.session
-    session.rebind(config["arguments"]["seed"])
+    session = open_env(folder, device).session
+    session.rebind(folder.config["arguments"]["seed"])
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

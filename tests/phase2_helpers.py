@@ -1,0 +1,133 @@
+"""What the tests of Phase 2 share: small settings, a small text, sessions and run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from k1.config import Config
+from k1env.boundary import Boundary, Bounds, Request, hard_limits
+from k1env.env import Phase2Env
+from k1env.gate import GateConfig
+from k1env.outcome import MemoryLedger
+from k1env.run_folder import RunFolder
+from k1env.session import Session
+from k1env.settings import Settings
+from tests.conftest import DOMAINS, markov_documents
+
+ROOT = Path(__file__).parent.parent
+RUN, REPLAY, PHASE_1 = (
+    ROOT / "scripts" / name for name in ("run_phase2.py", "replay.py", "train_phase1.py")
+)
+QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)
+
+
+def quick(gate: dict[str, Any] | None = None, **fields: Any) -> Settings:
+    """The tiny preset with hardly any training; `gate` and `fields` change what they name."""
+    system = Config.preset("tiny").replace(train={"eval_windows": 2})
+    start: dict[str, Any] = {
+        "system": system,
+        "gate": replace(QUICK_GATE, **(gate or {})),
+        "phase1_steps": 4,
+        "interval": 2,
+    }
+    return replace(Settings.preset("tiny"), **{**start, **fields})
+
+
+def write_text(folder: Path, size: int = 6_000) -> Path:
+    """Write three domains; whole runs on them through the command lines stay quick."""
+    for number, domain in enumerate(DOMAINS):
+        (folder / domain).mkdir(parents=True)
+        for seed, split in enumerate(("train", "validation", "test")):
+            text = markov_documents(number, seed, 2 * size if split == "train" else size)
+            (folder / domain / f"{split}.txt").write_text(text)
+    return folder
+
+
+def index_of(where: Session | Phase2Env, label: str) -> int:
+    """Number of the action with a label."""
+    table = where.session.table if isinstance(where, Phase2Env) else where.table
+    return next(action.index for action in table if action.label == label)
+
+
+def kinds(session: Session) -> list[str]:
+    """Kinds of the entries in a session's ledger in memory."""
+    assert isinstance(session.ledger, MemoryLedger)
+    return [kind for kind, _ in session.ledger.entries]
+
+
+def entry(session: Session, kind: str, number: int = -1) -> dict[str, Any]:
+    """Data of one entry of a kind."""
+    assert isinstance(session.ledger, MemoryLedger)
+    return [data for name, data in session.ledger.entries if name == kind][number]
+
+
+def boundary_at(stage: int, capacity: int = 60, **bounds: Any) -> Boundary:
+    """A boundary as it is when a stage opens after successes that widened nothing."""
+    made = Boundary(hard_limits(capacity))
+    tune = Request(_noop(), None, 12)
+    while made.stage < stage:
+        made.record(True, tune, 0)
+    if bounds:
+        made.bounds = Bounds.from_dict({**made.to_dict()["bounds"], **bounds})
+    return made
+
+
+def _noop() -> Any:
+    from k1env.actions import action_table
+
+    return action_table(Config.preset("tiny").model)[0]
+
+
+# -- command lines -------------------------------------------------------------------------------
+
+
+def command(script: Path, *arguments: object) -> list[str]:
+    return [sys.executable, str(script), *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def call(
+    script: Path, *arguments: object, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end."""
+    return subprocess.run(
+        command(script, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env=environment(**more),
+        timeout=240,
+    )
+
+
+def prepare_run(
+    path: Path, data: Path, *, policy: str = "heuristic", seed: int = 0, **fields: Any
+) -> RunFolder:
+    """Make the folder of a run with quick settings; `run_phase2.py --resume` then starts it."""
+    arguments = {
+        "policy": policy, "data": str(data), "preset": "tiny", "seed": seed, "device": "cpu",
+        "start": None,
+    }  # fmt: skip
+    settings = quick(**{"phase_decisions": 3, "max_decisions": 8, **fields})
+    config = {"arguments": arguments, "settings": settings.to_dict(), "device": "cpu"}
+    return RunFolder.create(path, config, command(RUN))
+
+
+def metrics_of(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without what depends on the clock."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    return summary
