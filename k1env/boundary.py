@@ -67,6 +67,16 @@ class Bounds:
         fewest = min(self.min_agents, other.min_agents)
         return Bounds(both("lr"), both("cooldown"), both("top_k"), fewest)
 
+    def within(self, outer: Bounds) -> Bounds:
+        """The same bounds, cut to what others hold: a small tree has less room than a stage."""
+
+        def cut(name: str) -> tuple[float, float]:
+            (low, high), (least, most) = self.range(name), outer.range(name)
+            return min(max(low, least), most), max(min(high, most), least)
+
+        fewest = max(self.min_agents, outer.min_agents)
+        return Bounds(cut("lr"), cut("cooldown"), cut("top_k"), fewest)
+
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Bounds:
         """Read what `asdict` wrote, lists for tuples."""
@@ -124,6 +134,10 @@ class Boundary:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each stage entered: stage, decision, attempts and successes so far."""
 
+    def __post_init__(self) -> None:
+        """Hold the bounds to the hard limits."""
+        self.bounds = self.bounds.within(self.hard)
+
     @property
     def needed(self) -> int | None:
         """Successes that this stage takes; None in the last."""
@@ -171,7 +185,7 @@ class Boundary:
             return False
         self.stage += 1
         self.bounds = {
-            3: self.bounds.union(STAGE_3_BOUNDS),
+            3: self.bounds.union(STAGE_3_BOUNDS).within(self.hard),
             4: self.hard,
         }.get(self.stage, self.bounds)
         self.history.append(

@@ -165,7 +165,9 @@ class Gate:
             progress: called with (seeds done, seeds) as the trial goes on.
         """
         config, arena = self.config, self.engine.arena
-        arms = [CONTROL, CHEAT] + ([SHADOW] if shadow is not None else [])
+        # Stopping has no shadow to beat: the question is only whether going on would help.
+        with_shadow = shadow is not None and not stop
+        arms = [CONTROL, CHEAT] + ([SHADOW] if with_shadow else [])
         scores: Scores = {arm: [] for arm in arms}
         digests: list[str] = []
         lane_steps, done = 0, 0
@@ -201,16 +203,12 @@ class Gate:
         """Train all arms of a group; returns the lane steps spent."""
         config, arena = self.config, self.engine.arena
         low, high = self.first, self.first + len(arms) * size
-        spent = 0
-        for arm in arms:
-            start = lanes[arm]
-            if not (stop and arm == CHEAT):
-                self.engine.train(start, start + size, config.horizon)
-                spent += size * config.horizon
-            if keep:
-                self.adopted[arm] = arena.read_lane(start)
+        trained = size if stop else high - low  # a system that stops skips the horizon
+        self.engine.train(low, low + trained, config.horizon)
+        if keep:
+            self.adopted = {arm: arena.read_lane(lanes[arm]) for arm in arms}
         self.engine.train(low, high, config.anneal, lambda i: 1.0 - i / config.anneal)
-        return spent + (high - low) * config.anneal
+        return trained * config.horizon + (high - low) * config.anneal
 
     def _score(
         self,
@@ -241,18 +239,18 @@ class Gate:
             ).hexdigest()
             for i in range(size)
         ]
-        scores: Scores = {}
-        for arm in arms:
-            start = lanes[arm]
-            loss = engine.bits_per_byte(start, start + size, batch).tolist()
-            scores[arm] = [x + price(start + i) for i, x in enumerate(loss)]
+        every_arm = batch.map(lambda t: t.repeat(len(arms), *[1] * (t.dim() - 1)))
+        stop = self.first + len(arms) * size
+        loss = engine.bits_per_byte(self.first, stop, every_arm).tolist()
+        loss = [x + price(self.first + i) for i, x in enumerate(loss)]
+        scores = {arm: loss[i * size : (i + 1) * size] for i, arm in enumerate(arms)}
         return digests, scores
 
     def _hopeless(self, scores: Scores, stop: bool) -> bool:
         """Whether the seeds so far speak against the cheat, over control or shadow."""
         config = self.config
         for arm in scores:
-            if arm == CHEAT or (arm == SHADOW and stop):
+            if arm == CHEAT:
                 continue
             so_far = compare(scores[arm], scores[CHEAT], config, stop=stop)
             gains = so_far.differences
@@ -274,9 +272,8 @@ class Gate:
     ) -> TrialResult:
         config = self.config
         control = compare(scores[CONTROL], scores[CHEAT], config, stop=stop)
-        # Stopping has no shadow to beat: the question is only whether going on would help.
         shadow = None
-        if SHADOW in scores and not stop:
+        if SHADOW in scores:
             shadow = compare(scores[SHADOW], scores[CHEAT], config)
         distinct = len(set(digests)) == len(digests)
         accepted = distinct and control.passed and (shadow is None or shadow.passed)

@@ -271,6 +271,10 @@ class Session:
             self.arena.write_lane(MAIN, adopted[CONTROL])
             if SHADOW in adopted:
                 self.arena.write_lane(SHADOW_LANE, adopted[SHADOW])
+            elif self.shadow_diverged:  # a trial of stopping has no shadow arm
+                steps = self.settings.gate.horizon
+                self.engine.train(SHADOW_LANE, SHADOW_LANE + 1, steps)
+                outcome.spent += steps
         outcome.credited = trial.accepted and not again
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
