@@ -141,6 +141,8 @@ class Autonomy:
     def from_dict(cls, data: dict[str, Any]) -> Autonomy:
         """Read what `to_dict` wrote."""
         fields: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in data.items()}
-        fields["benchmarks"] = [Benchmark(**b) for b in fields["benchmarks"]]
+        fields["benchmarks"] = [
+            Benchmark(**{**b, "values": list(b["values"])}) for b in fields["benchmarks"]
+        ]
         fields["goals"] = [Goal(**g) for g in fields["goals"]]
         return cls(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from gymnasium import spaces
 
 from k1.arena import LaneState
 from k1.data import TextData, load_data
-from k1.errors import K1Error
+from k1.errors import CheckpointError, K1Error
 from k1.trainer import Trainer, pick_device
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
@@ -299,4 +300,11 @@ def _read_start(folder: str | Path | None, settings: Settings, data: TextData) -
     if folder is None:
         return None
     trainer = Trainer.load(folder, data)
+    theirs, ours = trainer.config.model, settings.system.model
+    for name, value in asdict(ours).items():
+        if getattr(theirs, name) != value:
+            raise CheckpointError(
+                f"{folder} does not fit: its model.{name} is {getattr(theirs, name)}, "
+                f"not {value}; use the preset that it was made with"
+            )
     return trainer.arena.read_lane(0)

@@ -252,7 +252,8 @@ class Session:
                 progress=lambda done, total: self.notify("trial", done=done, total=total),
             )
         except RuntimeError as error:  # for example out of memory: it counts as a failure
-            reason = f"it crashed ({str(error).splitlines()[0]})"
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = f"it crashed ({lines[0]})"
             trial = TrialResult(False, reason, None, None, 0, 0)
         adopted = self.gate.adopted
         outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps

@@ -18,6 +18,7 @@ Its rules, in the order in which they are asked:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from policies.base import Observation
@@ -202,12 +203,12 @@ class HeuristicPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory as plain JSON data."""
-        return {name: getattr(self, name) for name in _MEMORY}
+        return {name: deepcopy(getattr(self, name)) for name in _MEMORY}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a memory over."""
         for name in _MEMORY:
-            setattr(self, name, state[name])
+            setattr(self, name, deepcopy(state[name]))
 
 
 _MEMORY = (

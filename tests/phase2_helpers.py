@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from k1.config import Config
 from k1env.boundary import Boundary, Bounds, Request, hard_limits
 from k1env.env import Phase2Env
-from k1env.gate import GateConfig
+from k1env.gate import CHEAT, CONTROL, SHADOW, GateConfig
 from k1env.outcome import MemoryLedger
 from k1env.run_folder import RunFolder
 from k1env.session import Session
@@ -82,6 +86,49 @@ def _noop() -> Any:
     from k1env.actions import action_table
 
     return action_table(Config.preset("tiny").model)[0]
+
+
+# -- the gate ------------------------------------------------------------------------------------
+
+
+def seen_windows(base: Session, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, list]]:
+    """Record the windows that each lane draws, by pool. Training asks lane range by lane range."""
+    record: dict[str, dict[int, list]] = {"train": {}, "gate": {}}
+    engine, original = base.engine, base.engine.store.sample
+    step = engine.step
+    here: dict[int, tuple[int, int]] = {}
+
+    def sample(pool: str, *rest: Any) -> Any:
+        batch = original(pool, *rest)
+        first = here.get(threading.get_ident(), (0, 0))[0] if pool == "train" else 0
+        for i in range(batch.inputs.shape[0]):
+            rows = record[pool].setdefault(first + i, [])
+            rows.append(batch.inputs[i].numpy().tobytes())
+        return batch
+
+    def spy(start: int, stop: int, *rest: Any) -> Any:
+        here[threading.get_ident()] = (start, stop)
+        return step(start, stop, *rest)
+
+    monkeypatch.setattr(engine.store, "sample", sample)
+    monkeypatch.setattr(engine, "step", spy)
+    return record
+
+
+def fake(base: Session, monkeypatch: pytest.MonkeyPatch, **by_arm: list[float]) -> list[int]:
+    """Replace the losses: one list for each arm, over the seeds. Returns the groups' sizes."""
+    arms = [arm for arm in (CONTROL, CHEAT, SHADOW) if arm in by_arm]
+    sizes: list[int] = []
+
+    def losses(start: int, stop: int, batch: Any) -> torch.Tensor:
+        size, done = (stop - start) // len(arms), sum(sizes)
+        sizes.append(size)
+        values = [by_arm[arm][done : done + size] for arm in arms]
+        return torch.tensor(values, dtype=torch.float64).flatten()
+
+    monkeypatch.setattr(base.engine, "bits_per_byte", losses)
+    monkeypatch.setattr(base.engine, "train", lambda *_: None)
+    return sizes
 
 
 # -- command lines -------------------------------------------------------------------------------
