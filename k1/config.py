@@ -57,7 +57,7 @@ class EvidenceConfig:
     """Hash buckets for the token that a bigram starts with; a power of two."""
     tau: float = 0.25
     """Weight of the log-likelihood ratio in the routing logits."""
-    strength: float = 16.0
+    strength: float = 64.0
     """Pseudo-counts per context that pull a child's statistics to those of all its siblings."""
     window: int = 64
     """Steps that a half of the recent window spans; a new agent inherits the recent counts."""

@@ -45,8 +45,9 @@ def add_agent(arena: Arena, lane: int, parent: int) -> int:
 
     Under an internal block the child with the largest recent responsibility is split: the new
     agent is a copy of its subtree and both take half of its routing weight, so the function is
-    kept. Under a leaf the new block's output projections are zero, so it passes its input on. The
-    counts of a split child are divided by recency: the new agent takes the recent ones.
+    kept (but for evidence, which moves with the counts). Under a leaf the new block's output
+    projections are zero, so it passes its input on. The counts of a split child are divided by
+    recency: the new agent takes the recent ones.
 
     Raises:
         TopologyError: if there is no room; then nothing is changed.

@@ -65,7 +65,7 @@ class Engine:
                 work(low, high)
             return
         self.arena.prepare(chunks)
-        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for future in [pool.submit(work, low, high) for low, high in chunks]:
                 future.result()
 

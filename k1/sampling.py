@@ -77,6 +77,11 @@ class TokenStore:
         start = torch.tensor([starts], dtype=torch.int64, device=self.tokens.device)
         return self._windows(start, torch.full_like(start, d))
 
+    def mean_token_bytes(self) -> float:
+        """UTF-8 bytes that a token stands for, on average over all pools."""
+        used = torch.bincount(self.tokens.long(), minlength=len(self.token_bytes))
+        return float((used * self.token_bytes).sum() / used.sum())
+
     def bytes_in(self, targets: Tensor) -> Tensor:
         """UTF-8 bytes of target tokens [L, B, T]: float64 [L]."""
         return self.token_bytes[targets].double().flatten(1).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,12 +234,18 @@ class Trainer:
     def load(
         cls,
         folder: str | Path,
-        data: TextData | None = None,
+        data: TextData | str | Path | None = None,
         *,
         device: torch.device | str = "cpu",
         lanes: int = 1,
     ) -> Trainer:
-        """Load a checkpoint; without `data`, the text is found as its configuration says.
+        """Load a checkpoint.
+
+        Args:
+            folder: the checkpoint.
+            data: its text, or where that is now; by default, where it was.
+            device: where everything is held.
+            lanes: rows of the arena.
 
         Raises:
             CheckpointError: if it is missing, damaged, or belongs to other text.
@@ -247,7 +254,9 @@ class Trainer:
 
         tensors, state = load_checkpoint(Path(folder), kind=CHECKPOINT_KIND)
         config = Config.from_dict(state["config"])
-        data = data or load_data(config.data)
+        if not isinstance(data, TextData):
+            source = config.data.source if data is None else str(data)
+            data = load_data(dataclasses.replace(config.data, source=source))
         if data.fingerprint != state["data"]:
             raise CheckpointError(
                 f"{folder} was trained on other text than what was loaded: give the same --data"

@@ -213,7 +213,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             "cost": float(refused or impossible),
             "cost_components": {"refused": float(refused), "impossible": float(impossible)},
             "name": last.name if last else "",
-            "verdict": last.verdict if last else "",
+            "verdict": last.word if last else "",
             "tried": bool(last and last.trial),
             "credited": bool(last and last.credited),
             "stop_criteria": session.autonomy.stop_criteria(session.decision),
@@ -241,7 +241,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     def fork(self) -> Phase2Env:
         """Return an independent copy of the environment in its present state.
 
-        What the copy does is not logged in this environment's ledger.
+        What the copy does is not logged in this environment's ledger. Its trials draw other seeds,
+        so that looking ahead does not tell which attempt here would be lucky.
         """
         twin = Phase2Env.__new__(Phase2Env)
         twin.__dict__.update(self.__dict__)
@@ -249,14 +250,20 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin._np_random = None
         twin.session = twin._new_session(self.session.seed)
         twin.session.restore(*self.session.snapshot())
+        twin.session.salt = f"{self.session.salt}fork/"
         return twin
 
     def peek(self, action: int | np.integer) -> StepReturn:
-        """Return what `step(action)` would return, without doing it."""
+        """Return what `step(action)` would return, without doing it.
+
+        A forbidden action is tried on other seeds than `step` would use (see `fork`).
+        """
         return self.fork().step(action)
 
     def undo(self) -> tuple[Observation, dict[str, Any]]:
-        """Take the last step back, but not its record: an attempt stays counted, as a failure.
+        """Take the last step back, but not its record.
+
+        An attempt stays counted, as a failure, and compute stays spent.
 
         Raises:
             K1Error: if there is no step to take back.
@@ -264,7 +271,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if self._before is None:
             raise K1Error("nothing to undo: only the last step since reset() can be taken back")
         tried = self.session.last
+        spent = self.session.spent
         self.session.restore(*self._before)
+        self.session.spent = spent
         if tried is not None and tried.trial is not None:
             moves = self.session.moves
             request = moves.request(moves.look_up(tried.action))

@@ -23,6 +23,8 @@ from k1.engine import Engine
 from k1.rng import derive_seed
 
 CONTROL, CHEAT, SHADOW = "control", "cheat", "shadow"
+MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
+"""Lanes of a session: the system, its shadow, and the first of those for trials."""
 Scores = dict[str, list[float]]
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from gymnasium import spaces
 
 from k1env.boundary import EVIDENCE_TO_ADVANCE
+from k1env.gate import MAIN
 from k1env.outcome import Outcome
-from k1env.session import MAIN, Session
+from k1env.session import Session
 
 MOST_BITS = 8.0
 """Bits per byte that count as 1: what knowing nothing costs."""
@@ -49,7 +50,7 @@ AGENT_FIELDS = (
     "steps since update",
     "is leaf",
 )
-DOMAIN_FIELDS = ("share of the stream", "seen", "loss", "fall since it was first seen")
+DOMAIN_FIELDS = ("share of the stream", "seen", "loss", "fall since Phase 2 began")
 
 
 def observation_space(slots: int, domains: int) -> spaces.Space[dict[str, np.ndarray]]:
@@ -93,7 +94,7 @@ def _system(session: Session, last: Outcome | None) -> list[float]:
     seen = [session.bits[d] for d in session.seen]
     phase = session.decision - session.world.phase(session.decision) * settings.phase_decisions
     return [
-        float(arena["loss"][MAIN]) / math.log(2) / MOST_BITS,
+        float(arena["loss"][MAIN]) / math.log(2) / session.bytes_per_token / MOST_BITS,
         sum(seen) / len(seen) / MOST_BITS,
         math.tanh(10 * last.fall) if last else 0.0,
         float(arena["skipped"][MAIN]) / step,

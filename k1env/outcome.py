@@ -60,6 +60,17 @@ class Outcome:
         """Whether a forbidden action was tried and not allowed."""
         return self.trial is not None and not self.applied
 
+    @property
+    def word(self) -> str:
+        """The verdict without what a trial measured: all that a controller is told."""
+        if self.impossible is not None:
+            return "impossible"
+        if self.trial is None:
+            return "permitted"
+        if not self.applied:
+            return "refused"
+        return "credited" if self.credited else "allowed"
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Outcome:
         """Read what `dataclasses.asdict` wrote."""

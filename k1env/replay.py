@@ -51,7 +51,4 @@ def replay(
             if progress:
                 progress(number, len(intents))
             session.act(intent.data["action"])
-        last = entries[-1]
-        if last.kind == "end" and not session.finished:  # ended from outside: time ran out
-            session.end(last.data["reason"], last.data["criteria"])
     return ReplayResult(len(entries), len(intents), session.trainer.state_hash())

@@ -35,7 +35,6 @@ This folder holds one run of K-1. Each file, in the order in which a run writes 
                 that was not finite
 {_CHECKPOINTS + "/":<15} the states to continue from: tensors, plain JSON, and their SHA-256
 {_SUMMARY:<15} the results; it is written last, so a run that has it is finished
-report.html     the run for people, made from the files above
 {_LOCK:<15} marks a run in progress; it may stay behind and does no harm
 
 A run that was interrupted continues when its command is given again with --resume.
@@ -169,6 +168,19 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run came to its end; the results are written last."""
         return self.summary_path.exists()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the run came to.
+
+        Raises:
+            K1Error: There is no summary, or it is damaged.
+        """
+        try:
+            summary = parse_json(self.summary_path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise K1Error(f"cannot read {self.summary_path}: {error}; resume the run") from error
+        return dict(summary)
 
     @property
     def metrics_lines(self) -> int:

@@ -21,6 +21,7 @@ from k1env.settings import Settings
 CHECKPOINT_KIND = "phase2"
 CHECKPOINTS_KEPT = 2
 TIME_SPENT = "time budget spent"
+"""Why a run paused that `--max-minutes` ended; it can be resumed."""
 
 
 class Controller(Protocol):
@@ -101,7 +102,6 @@ class Runner:
             longest = 0.0
             while not session.finished:
                 if self.limit is not None and self.seconds + longest > self.limit:
-                    session.end(TIME_SPENT)
                     break
                 before = time.monotonic()
                 self._decide()
@@ -196,7 +196,10 @@ class Runner:
 
     def summary(self) -> dict[str, Any]:
         """What the run came to."""
-        return {**self.env.session.summary(), "seconds": round(self.seconds, 1)}
+        summary = self.env.session.summary()
+        if summary["stop_reason"] is None:
+            summary["stop_reason"] = TIME_SPENT
+        return {**summary, "seconds": round(self.seconds, 1)}
 
 
 def _read_checkpoint(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.data import TextData
-from k1.errors import CheckpointError
 from k1.flops import step_flops
 from k1.rng import derive_seed
 from k1.topology import Topology
@@ -25,15 +24,24 @@ from k1env import actions
 from k1env.actions import Action
 from k1env.autonomy import Autonomy, Benchmark, Goal
 from k1env.boundary import Boundary, Request, Ruling, hard_limits
-from k1env.gate import CHEAT, CONTROL, SHADOW, Gate, TrialResult
+from k1env.gate import (
+    CHEAT,
+    CONTROL,
+    FIRST_TRIAL_LANE,
+    MAIN,
+    SHADOW,
+    SHADOW_LANE,
+    Gate,
+    TrialResult,
+)
 from k1env.guard import DivergenceGuard
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
 from k1env.settings import Settings
+from k1env.snapshot import restore_snapshot, take_snapshot
 from k1env.world import World, draw_instance
 
 BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
-MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
 
 
 class Session:
@@ -71,6 +79,9 @@ class Session:
         self.guard = DivergenceGuard(self.arena, MAIN, settings.divergence)
         self.notify: Callable[..., None] = lambda kind, **data: None
         """Called with ("phase1" | "train" | "trial", done=..., total=...) as work goes on."""
+        self.salt = ""
+        """Set in a fork, whose trials must not tell how those of this session will end."""
+        self.bytes_per_token = float(self.trainer.store.mean_token_bytes())
         self.trained: LaneState | None = None
         """The system as Phase 1 left it."""
         self.rebind(seed)
@@ -245,7 +256,7 @@ class Session:
                 MAIN,
                 SHADOW_LANE if self.shadow_diverged else None,
                 lambda lane: self.moves.change(action, lane),
-                seed=derive_seed("attempt", self.seed, self.boundary.attempted),
+                seed=derive_seed("attempt", self.seed, self.salt, self.boundary.attempted),
                 mix=shares,
                 price=self._price,
                 stop=action.kind == actions.STOP,
@@ -402,27 +413,9 @@ class Session:
     def _price(self, lane: int) -> float:
         return self.settings.gate.compute_price * self._flops(lane) / self.reference_flops
 
-    # -- snapshots -------------------------------------------------------------------------------
-
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a later `restore` needs: tensors and plain JSON data."""
-        lanes = {"main": self.arena.read_lane(MAIN)}
-        if self.shadow_diverged:
-            lanes["shadow"] = self.arena.read_lane(SHADOW_LANE)
-        if self.guard.best is not None:
-            lanes["best"] = self.guard.best
-        tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
-        state = {
-            "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},
-            "boundary": self.boundary.to_dict(),
-            "autonomy": self.autonomy.to_dict(),
-            **{name: getattr(self, name) for name in _PLAIN},
-            "guard": self.guard.to_dict(),
-            "visited": list(self.visited),
-            "tries": [dict(entry) for entry in self.tries],
-            "last": asdict(self.last) if self.last else None,
-        }
-        return tensors, state
+        return take_snapshot(self)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a snapshot.
@@ -430,40 +423,4 @@ class Session:
         Raises:
             CheckpointError: if it belongs to another configuration.
         """
-        lanes: dict[str, LaneState] = {}
-        try:
-            for key, tree in state["trees"].items():
-                topology = self.tree.copy()
-                topology.load_dict(tree)
-                own = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
-                lanes[key] = LaneState({n.split(".", 1)[1]: t for n, t in own.items()}, topology)
-            self.arena.write_lane(MAIN, lanes["main"])
-            if "shadow" in lanes:
-                self.arena.write_lane(SHADOW_LANE, lanes["shadow"])
-            best = lanes["best"].to(self.arena.device) if "best" in lanes else None
-            self.boundary = Boundary.from_dict(state["boundary"])
-            self.autonomy = Autonomy.from_dict(state["autonomy"])
-            for name in _PLAIN:
-                setattr(self, name, state[name])
-            self.visited = list(state["visited"])
-            self.tries = [dict(entry) for entry in state["tries"]]
-            self.guard.load_dict(state["guard"], best)
-            last = state["last"]
-        except KeyError as error:
-            raise CheckpointError(
-                f"the checkpoint lacks {error}: it is of another version"
-            ) from None
-        self.last = Outcome.from_dict(last) if last else None
-
-
-_PLAIN = (
-    "decision",
-    "spent",
-    "shadow_diverged",
-    "bits",
-    "bits_start",
-    "agents_start",
-    "reference_flops",
-    "stop_reason",
-    "stop_criteria",
-)
+        restore_snapshot(self, tensors, state)

@@ -57,7 +57,7 @@ def draw_instance(settings: Settings, domains: tuple[str, ...], seed: int) -> In
 
 
 def instance_set(domains: tuple[str, ...], lr: float, cooldown: int, top_k: int) -> str:
-    """Say which set an instance belongs to: "test" for one in four."""
+    """Say which set an instance belongs to: "test" for about one in four."""
     return "test" if derive_seed("set", *domains, lr, cooldown, top_k) % 4 == 0 else "train"
 
 

@@ -34,7 +34,6 @@ class Arguments:
 def main(arguments: Arguments) -> int:
     """Load the system, measure it, print a line per domain."""
     from k1.cli import prepare_torch
-    from k1.data import load_data
     from k1.errors import K1Error
     from k1.trainer import Trainer, pick_device
 
@@ -47,8 +46,7 @@ def main(arguments: Arguments) -> int:
 
         trainer = load_run(arguments.run, device).trainer
     else:
-        data = load_data(arguments.data) if arguments.data else None
-        trainer = Trainer.load(arguments.run, data, device=device)
+        trainer = Trainer.load(arguments.run, arguments.data, device=device)
     bits = trainer.evaluate(arguments.split)
     if arguments.json:
         print(json.dumps({"split": arguments.split, "bits_per_byte": bits}))

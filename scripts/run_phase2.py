@@ -61,8 +61,9 @@ def main(arguments: Arguments) -> int:
 
     from k1.errors import K1Error
     from k1.trainer import pick_device
-    from k1env.dashboard import final_report, make_display
+    from k1env.dashboard import make_display
     from k1env.env import Phase2Env
+    from k1env.plain_log import final_report
     from k1env.runner import Runner
     from k1env.settings import Settings
     from policies import POLICIES, make_policy
@@ -70,6 +71,8 @@ def main(arguments: Arguments) -> int:
     if settings["policy"] not in POLICIES:
         known = ", ".join(POLICIES)
         raise K1Error(f"unknown policy {settings['policy']!r}: choose one of {known}")
+    if settings["seed"] < 0:
+        raise K1Error(f"--seed {settings['seed']} is not possible: it is 0 or more")
     device = pick_device(settings["device"]).type
     prepare_torch(device)
     env = Phase2Env(
@@ -85,9 +88,9 @@ def main(arguments: Arguments) -> int:
         path = arguments.run_dir or Path("runs") / time.strftime("phase2-%Y%m%d-%H%M%S")
         config = {"arguments": settings, "settings": env.settings.to_dict()}
         folder = RunFolder.create(path, {**config, "device": device}, [sys.executable, *sys.argv])
-    elif folder.finished:
-        print(f"{folder.path} is finished already: see {folder.summary_path}", file=sys.stderr)
-        print(folder.summary_path.read_text())
+    elif not _can_go_on(folder):
+        print(f"{folder.path} is finished already: this is its summary", file=sys.stderr)
+        print(json.dumps(folder.summary, indent=2))
         return 0
 
     display = make_display(sys.stderr if arguments.json else sys.stdout)
@@ -99,8 +102,11 @@ def main(arguments: Arguments) -> int:
             summary = runner.run(resume=arguments.resume)
     except KeyboardInterrupt:
         done = env.session.decision
-        print(f"\nInterrupted. {done} decisions are saved in {folder.path}; go on with:")
-        print(f"  python scripts/run_phase2.py --run-dir {folder.path} --resume")
+        print(
+            f"\nInterrupted. {done} decisions are saved in {folder.path}; go on with:\n"
+            f"  python scripts/run_phase2.py --run-dir {folder.path} --resume",
+            file=sys.stderr,
+        )
         return 130
     if arguments.json:
         print(json.dumps(summary, indent=2))
@@ -116,11 +122,18 @@ def _open_folder(arguments: Arguments) -> Any:
 
     path = arguments.run_dir
     if path is None:
-        runs = sorted(Path("runs").glob("phase2-*"))
+        runs = [p for p in Path("runs").glob("phase2-*") if _can_go_on(RunFolder.open(p))]
         if not runs:
-            raise K1Error("there is no run in runs/ to go on with: name one by --run-dir")
-        path = runs[-1]
+            raise K1Error("there is no unfinished run in runs/: name one by --run-dir")
+        path = max(runs)
     return RunFolder.open(path)
+
+
+def _can_go_on(folder: Any) -> bool:
+    """Whether a run has not come to its end: it was interrupted, or --max-minutes paused it."""
+    from k1env.runner import TIME_SPENT
+
+    return not folder.finished or folder.summary["stop_reason"] == TIME_SPENT
 
 
 def _settings(given: dict[str, Any], folder: Any) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def main(arguments: Arguments) -> int:
             trainer.set_mix(dict.fromkeys(arguments.domains.split(","), 1.0))
     else:
         trainer = Trainer.load(newest, data, device=device)
+        if trainer.config != config or trainer.seed != arguments.seed:
+            raise K1Error(f"{folder} was made with other settings: give the same options again")
         print(f"goes on from step {trainer.steps}")
     checkpoints.mkdir(parents=True, exist_ok=True)
     log = (folder / "metrics.jsonl").open("a")
@@ -96,9 +98,17 @@ def main(arguments: Arguments) -> int:
                 progress.advance(bar)
             milliseconds = (time.monotonic() - began) / count * 1000
             bits = trainer.evaluate("validation")
-            progress.console.print(step_line(report, lr=config.train.lr, milliseconds=milliseconds))
+            progress.console.print(
+                step_line(
+                    report,
+                    trainer=trainer,
+                    lr=config.train.lr,
+                    milliseconds=milliseconds,
+                ),
+                soft_wrap=True,
+            )
             if report.path:
-                progress.console.print(error_path(trainer, report))
+                progress.console.print(error_path(trainer, report), soft_wrap=True)
             progress.console.print(updated_line(report))
             shown = "  ".join(f"{domain} {value:.3f}" for domain, value in bits.items())
             progress.console.print(f"validation bits per byte: {shown}")

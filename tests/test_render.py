@@ -13,7 +13,7 @@ from rich.console import Console
 from k1 import display
 from k1.data import TextData, load_data
 from k1.errors import K1Error
-from k1env import render
+from k1env import render, view
 from k1env.gate import Comparison, GateConfig, TrialResult
 from k1env.outcome import Outcome
 from k1env.session import Session
@@ -147,28 +147,28 @@ def test_without_pillow_the_error_names_the_remedy(
 
 def test_verdicts_have_words() -> None:
     accepted = trial((0.04, 0.05), accepted=True)
-    assert render.verdict_word(outcome(impossible="no room")) == "impossible"
-    assert render.verdict_word(outcome(permitted=True)) == "permitted"
-    assert render.verdict_word(outcome(stopped=True)) == "stopped"
-    assert render.verdict_word(outcome(trial=trial((0.0, 0.1)))) == "cheat refused"
-    assert render.verdict_word(outcome(trial=accepted, applied=True)) == "allowed, not counted"
+    assert view.verdict_word(outcome(impossible="no room")) == "impossible"
+    assert view.verdict_word(outcome(permitted=True)) == "permitted"
+    assert view.verdict_word(outcome(stopped=True)) == "stopped"
+    assert view.verdict_word(outcome(trial=trial((0.0, 0.1)))) == "cheat refused"
+    assert view.verdict_word(outcome(trial=accepted, applied=True)) == "allowed, not counted"
     credited = outcome(trial=accepted, applied=True, credited=True)
-    assert render.verdict_word(credited) == "cheat succeeded"
+    assert view.verdict_word(credited) == "cheat succeeded"
 
 
 def test_an_explanation_has_rule_limit_and_measurement() -> None:
     full = outcome(trial=trial((0.04,) * 8, accepted=True), applied=True, credited=True)
-    why = render.explain(full, GateConfig())
+    why = view.explain(full, GateConfig())
     assert "stage 1 permits no tuning; gain +4.00 % ± 0.20, p 2e-11 over 8 seeds" in why
     assert "needed more than 0.1 % with p at most 0.01" in why
-    early = render.explain(outcome(trial=trial((-0.1, -0.1))), GateConfig())
+    early = view.explain(outcome(trial=trial((-0.1, -0.1))), GateConfig())
     assert "ended early" in early
-    stop = render.explain(replace(full, kind="stop"), GateConfig())
+    stop = view.explain(replace(full, kind="stop"), GateConfig())
     assert "going on gains" in stop and "less than" in stop
-    broken = render.explain(outcome(trial=trial((math.nan, 0.1))), GateConfig())
+    broken = view.explain(outcome(trial=trial((math.nan, 0.1))), GateConfig())
     assert "loss not finite" in broken
     shadow = replace(full.trial, shadow=full.trial.control)
-    assert "its shadow" in render.explain(replace(full, trial=shadow), GateConfig())
+    assert "its shadow" in view.explain(replace(full, trial=shadow), GateConfig())
 
 
 @pytest.mark.parametrize(
@@ -176,22 +176,22 @@ def test_an_explanation_has_rule_limit_and_measurement() -> None:
     [(1.0, 0.0), (10.0, 0.5), (100.0, 1.0), (826.0, 1.0), (0.5, 0.0), (0.0, 0.0), (math.nan, 0.0)],
 )
 def test_evidence_is_drawn_on_a_log_scale(evidence: float, share: float) -> None:
-    assert render.evidence_share(evidence) == pytest.approx(share)
+    assert view.evidence_share(evidence) == pytest.approx(share)
 
 
 def test_every_stage_can_be_shown(session: Session) -> None:
-    view = render.look(session)
+    view = view.look(session)
     for stage in (1, 2, 3, 4):
         at = replace(view, stage=stage)
-        lines = [line.plain for line in render.stage_lines(at)]
+        lines = [line.plain for line in view.stage_lines(at)]
         assert len(lines) == 4 and lines[stage - 1].startswith(f"▶ {stage}")
         assert sum(line.startswith("✓") for line in lines) == stage - 1
-        assert ("no further" in render.evidence_line(at).plain) == (stage == 4)
-        assert render.bounds_lines(at)
+        assert ("no further" in view.evidence_line(at).plain) == (stage == 4)
+        assert view.bounds_lines(at)
 
 
 def test_durations() -> None:
-    assert [render.duration(s) for s in (0, 42, 61, 3661, -5)] == [
+    assert [view.duration(s) for s in (0, 42, 61, 3661, -5)] == [
         "0:00", "0:42", "1:01", "1:01:01", "0:00",
     ]  # fmt: skip
-    assert render.duration(math.nan) == render.duration(None) == "n/a"
+    assert view.duration(math.nan) == view.duration(None) == "n/a"

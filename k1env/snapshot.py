@@ -1,0 +1,81 @@
+"""Snapshots of a session: what undo, forks and checkpoints are made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from k1.arena import LaneState
+from k1.errors import CheckpointError
+from k1env.autonomy import Autonomy
+from k1env.boundary import Boundary
+from k1env.gate import MAIN, SHADOW_LANE
+from k1env.outcome import Outcome
+
+if TYPE_CHECKING:
+    from k1env.session import Session
+
+_PLAIN = (
+    "decision",
+    "spent",
+    "shadow_diverged",
+    "bits",
+    "bits_start",
+    "agents_start",
+    "reference_flops",
+    "stop_reason",
+    "stop_criteria",
+)
+
+
+def take_snapshot(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return everything that `restore_snapshot` needs: tensors and plain JSON data."""
+    lanes = {"main": session.arena.read_lane(MAIN)}
+    if session.shadow_diverged:
+        lanes["shadow"] = session.arena.read_lane(SHADOW_LANE)
+    if session.guard.best is not None:
+        lanes["best"] = session.guard.best
+    tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
+    state = {
+        "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},
+        "boundary": session.boundary.to_dict(),
+        "autonomy": session.autonomy.to_dict(),
+        **{name: getattr(session, name) for name in _PLAIN},
+        "guard": session.guard.to_dict(),
+        "visited": list(session.visited),
+        "tries": [dict(entry) for entry in session.tries],
+        "last": asdict(session.last) if session.last else None,
+    }
+    return tensors, state
+
+
+def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Bring a session back to a snapshot.
+
+    Raises:
+        CheckpointError: if it belongs to another configuration.
+    """
+    lanes: dict[str, LaneState] = {}
+    try:
+        for key, tree in state["trees"].items():
+            topology = session.tree.copy()
+            topology.load_dict(tree)
+            own = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
+            lanes[key] = LaneState({n.split(".", 1)[1]: t for n, t in own.items()}, topology)
+        session.arena.write_lane(MAIN, lanes["main"])
+        if "shadow" in lanes:
+            session.arena.write_lane(SHADOW_LANE, lanes["shadow"])
+        best = lanes["best"].to(session.arena.device) if "best" in lanes else None
+        session.boundary = Boundary.from_dict(state["boundary"])
+        session.autonomy = Autonomy.from_dict(state["autonomy"])
+        for name in _PLAIN:
+            setattr(session, name, state[name])
+        session.visited = list(state["visited"])
+        session.tries = [dict(entry) for entry in state["tries"]]
+        session.guard.load_dict(state["guard"], best)
+        last = state["last"]
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint lacks {error}: it is of another version") from None
+    session.last = Outcome.from_dict(last) if last else None
