@@ -180,9 +180,9 @@ def test_evidence_is_drawn_on_a_log_scale(evidence: float, share: float) -> None
 
 
 def test_every_stage_can_be_shown(session: Session) -> None:
-    view = view.look(session)
+    shown = view.look(session)
     for stage in (1, 2, 3, 4):
-        at = replace(view, stage=stage)
+        at = replace(shown, stage=stage)
         lines = [line.plain for line in view.stage_lines(at)]
         assert len(lines) == 4 and lines[stage - 1].startswith(f"▶ {stage}")
         assert sum(line.startswith("✓") for line in lines) == stage - 1
