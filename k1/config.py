@@ -55,7 +55,7 @@ class EvidenceConfig:
     """Hash buckets for token bigrams; a power of two."""
     context_buckets: int = 256
     """Hash buckets for the token that a bigram starts with; a power of two."""
-    tau: float = 0.25
+    tau: float = 0.05
     """Weight of the log-likelihood ratio in the routing logits."""
     strength: float = 64.0
     """Pseudo-counts per context that pull a child's statistics to those of all its siblings."""
