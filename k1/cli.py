@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from k1.errors import K1Error
 
@@ -33,6 +33,13 @@ def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> 
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(code or 0)
+
+
+def optional(metavar: str) -> Any:
+    """Describe an option that may be left out; its help text says what happens then."""
+    import tyro
+
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
 def prepare_torch(device: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from k1.cli import run
+from k1.cli import optional, run
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Arguments:
     """Run folder of run_phase2.py, or checkpoint folder of train_phase1.py."""
     split: str = "test"
     """test (sealed until now: nothing in a run reads it) or validation."""
-    data: str | None = None
+    data: Annotated[str | None, optional("SOURCE")] = None
     """The text of a Phase 1 checkpoint, where it has moved since."""
     device: str = "auto"
     """auto, cpu or cuda."""

@@ -10,9 +10,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from k1.cli import run
+from k1.cli import optional, run
 
 DEFAULTS: dict[str, Any] = {
     "policy": "heuristic",
@@ -28,23 +28,23 @@ DEFAULTS: dict[str, Any] = {
 class Arguments:
     """Run Phase 2: a tree of transformer blocks trains, and a controller steers it."""
 
-    policy: str | None = None
+    policy: Annotated[str | None, optional("NAME")] = None
     """Controller: heuristic (default), random or noop."""
-    data: str | None = None
+    data: Annotated[str | None, optional("SOURCE")] = None
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
-    preset: str | None = None
+    preset: Annotated[str | None, optional("NAME")] = None
     """Sizes: tiny, cpu (default), gpu or paper."""
-    seed: int | None = None
+    seed: Annotated[int | None, optional("N")] = None
     """Seed of everything (default 0): the same seed gives the same run on the same machine."""
-    device: str | None = None
+    device: Annotated[str | None, optional("NAME")] = None
     """auto (default), cpu or cuda."""
-    start: str | None = None
+    start: Annotated[str | None, optional("DIR")] = None
     """Checkpoint folder of train_phase1.py to start from, in place of a short Phase 1."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, optional("DIR")] = None
     """Run folder (default: runs/phase2-<date>-<time>)."""
     resume: bool = False
     """Go on with the run in --run-dir (default: the newest in runs/)."""
-    max_minutes: float | None = None
+    max_minutes: Annotated[float | None, optional("M")] = None
     """End the run after this many minutes."""
     json: bool = False
     """Print the summary as JSON on standard output, and the log on standard error."""

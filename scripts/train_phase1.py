@@ -10,8 +10,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from k1.cli import run
+from k1.cli import optional, run
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,17 @@ class Arguments:
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: str = "cpu"
     """Sizes: tiny, cpu, gpu or paper."""
-    router: str | None = None
+    router: Annotated[str | None, optional("NAME")] = None
     """How siblings are mixed: mean, learned or evidence (the preset's by default)."""
-    domains: str | None = None
+    domains: Annotated[str | None, optional("A,B")] = None
     """Domains to train on, apart by commas (default: all, in equal shares)."""
-    lr: float | None = None
+    lr: Annotated[float | None, optional("X")] = None
     """Learning rate (the preset's by default)."""
     seed: int = 0
     """Seed of weights and batches."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, optional("DIR")] = None
     """Folder for checkpoints and the log (default: runs/phase1-<date>-<time>)."""
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir."""
