@@ -137,7 +137,10 @@ class Config:
         m, t, u, e = self.model, self.train, self.update, self.evidence
         _check("model.branching", len(m.branching) >= 1 and min(m.branching) >= 1, m.branching)
         _check("model.max_children", m.max_children >= max(m.branching), m.max_children)
+        _check("model.heads", m.heads >= 1, m.heads)
         _check("model.embed", m.embed >= 1 and m.embed % m.heads == 0, m.embed)
+        _check("model.feed_forward", m.feed_forward >= 1, m.feed_forward)
+        _check("model.spare_levels", m.spare_levels >= 0 and m.spare >= 0, m.spare_levels)
         _check("model.context", m.context >= 2, m.context)
         _check("model.router", m.router in ("mean", "learned", "evidence"), m.router)
         _check("update.mode", u.mode in ("dense", "exact", "sparse"), u.mode)
@@ -145,6 +148,7 @@ class Config:
         _check("update.attribution_every", u.attribution_every >= 1, u.attribution_every)
         _check("update.scales", len(u.scales) >= 1 and u.scales[0] > 0, u.scales)
         _check("train.batch", t.batch >= 1, t.batch)
+        _check("train.eval_windows", t.eval_windows >= 1, t.eval_windows)
         _check("train.lr", 0 < t.lr < math.inf, t.lr)
         _check("train.top_k", t.top_k >= 1, t.top_k)
         _check("train.cooldown", t.cooldown >= 0, t.cooldown)

@@ -129,8 +129,8 @@ def heir(arena: Arena, lane: int, slot: int) -> int | None:
 def delete_agent(arena: Arena, lane: int, slot: int) -> list[int]:
     """Remove a block with its subtree; returns the freed slots.
 
-    The siblings' routing renormalises by itself, and the block's counts go to its `heir`. The
-    parent of a last child becomes a leaf.
+    The siblings' routing renormalises by itself; the block's counts and prior weight go to its
+    `heir`. The parent of a last child becomes a leaf.
 
     Raises:
         TopologyError: for the root or a slot without a block; then nothing is changed.
@@ -145,6 +145,8 @@ def delete_agent(arena: Arena, lane: int, slot: int) -> list[int]:
         evidence = arena["evidence"][lane]
         for age in (OLD, PREVIOUS, CURRENT):
             evidence[inheriting, age] += evidence[slot, age]
+        prior = arena["log_prior"][lane]
+        prior[inheriting] = torch.logaddexp(prior[inheriting], prior[slot])
     for name in ("weight", "first", "second"):
         piece = arena.block_layout.unpack(arena[name][lane, parent])
         piece["router.weight"][:, rank] = 0

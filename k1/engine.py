@@ -93,6 +93,7 @@ class Engine:
 
         self._each_chunk(start, stop, work)
 
+    @torch.enable_grad()
     def step(self, start: int, stop: int, batch: Batch | None = None) -> StepResult:
         """Make one training step in lanes start..stop, on the next batch of their streams."""
         a, config = self.arena, self.arena.config

@@ -12,7 +12,6 @@ not less likely, and children with the same history are told apart by nothing.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -104,7 +103,7 @@ def level_evidence(
     ratio = (both + config.strength * prior) / (before + config.strength) / prior
     log_ratio = ratio.log().view(lanes, width, *bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
-    total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1))
+    total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1).contiguous())
     return config.tau * total.permute(0, 3, 1, 2).flatten(2)
 
 
@@ -142,12 +141,3 @@ def rotate(counts: Tensor) -> None:
     counts[..., OLD, :] += counts[..., PREVIOUS, :]
     counts[..., PREVIOUS, :] = counts[..., CURRENT, :]
     counts[..., CURRENT, :] = 0
-
-
-def entropy_bits(counts: Tensor) -> float:
-    """Shannon entropy in bits of one block's bigram counts [buckets]; 0 without counts."""
-    total = float(counts.sum())
-    if total <= 0:
-        return 0.0
-    p = counts[counts > 0].double() / total
-    return float(-(p * p.log()).sum()) / math.log(2)

@@ -1,9 +1,10 @@
 """Gradients of the chosen paths alone, with every other block frozen.
 
 The frozen forward pass has left every block's output and mixed value. The blocks on the paths are
-run again with a graph and mixed back in; what hangs beside the paths enters as constants. The
-gradient is exact for a culprit leaf, for all routers on the path and for the head, and partial for
-the culprit's ancestors and the embedding, whose influence through other children is left out.
+run again with a graph and mixed back in. What hangs beside the paths enters as its frozen value,
+with the identity for its derivative: that of its residual connections. The gradient is exact for a
+culprit leaf, for all routers on the path and for the head; for the culprit's ancestors and the
+embedding it leaves out what the attention and feed-forward branches beside the path add.
 """
 
 from __future__ import annotations
@@ -149,6 +150,10 @@ def _mix_level(
     constant = frozen.m[level + 1].flatten(0, 1).index_select(0, flat)
     constant = constant.view(lanes, rows, ranks, tokens, d)
     out = (constant * (weight * beside[..., None]).to(below.dtype)[..., None]).sum(2)
+    # Beside the path the residual connections still carry the input on: a gradient that knows this
+    # (and takes only the frozen branches for constant) points the ancestors the right way.
+    residual = (weight * beside[..., None]).sum(2).to(below.dtype)[..., None]
+    out = out + residual.detach() * (ys[level] - ys[level].detach())
     own_weight = torch.einsum("lrkn,lrkq->lqn", weight, same)
     own = below * own_weight[..., None].to(below.dtype)
     out = out + (under.in_parent.transpose(1, 2).to(own.dtype) @ own.flatten(2)).view_as(out)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -78,16 +76,12 @@ class TokenStore:
         return self._windows(start, torch.full_like(start, d))
 
     def mean_token_bytes(self) -> float:
-        """UTF-8 bytes that a token stands for, on average over all pools."""
-        used = torch.bincount(self.tokens.long(), minlength=len(self.token_bytes))
+        """UTF-8 bytes that a token of the training text stands for, on average."""
+        train = self.extent[POOLS.index("train")]  # the pools lie one after another
+        first, last = int(train[0, 0]), int(train[-1].sum())
+        used = torch.bincount(self.tokens[first:last].long(), minlength=len(self.token_bytes))
         return float((used * self.token_bytes).sum() / used.sum())
 
     def bytes_in(self, targets: Tensor) -> Tensor:
         """UTF-8 bytes of target tokens [L, B, T]: float64 [L]."""
         return self.token_bytes[targets].double().flatten(1).sum(1)
-
-
-def mix_of(domains: Sequence[str], shares: dict[str, float]) -> list[float]:
-    """Lay out named shares in the order of the domains, normalised."""
-    total = sum(shares.values())
-    return [shares.get(domain, 0.0) / total for domain in domains]

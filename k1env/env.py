@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin = Phase2Env.__new__(Phase2Env)
         twin.__dict__.update(self.__dict__)
         twin._ledger, twin._trained = None, dict(self._trained)
-        twin._np_random = None
+        twin._np_random, twin.render_mode = None, None
+        twin.action_space = copy.deepcopy(self.action_space)
+        twin.observation_space = copy.deepcopy(self.observation_space)
         twin.session = twin._new_session(self.session.seed)
         twin.session.restore(*self.session.snapshot())
         twin.session.salt = f"{self.session.salt}fork/"
@@ -271,9 +274,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if self._before is None:
             raise K1Error("nothing to undo: only the last step since reset() can be taken back")
         tried = self.session.last
-        spent = self.session.spent
+        spent, tries = self.session.spent, self.session.tries
         self.session.restore(*self._before)
-        self.session.spent = spent
+        self.session.spent, self.session.tries = spent, tries
         if tried is not None and tried.trial is not None:
             moves = self.session.moves
             request = moves.request(moves.look_up(tried.action))

@@ -20,6 +20,7 @@ from scipy import stats
 
 from k1.arena import LaneState
 from k1.engine import Engine
+from k1.errors import ConfigError
 from k1.rng import derive_seed
 
 CONTROL, CHEAT, SHADOW = "control", "cheat", "shadow"
@@ -51,6 +52,15 @@ class GateConfig:
     """Largest p-value that counts as a success."""
     compute_price: float = 0.01
     """Bits per byte added to the loss for a step's compute, relative to the starting tree's."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values, naming the field."""
+        for name, least in (("seeds", 1), ("horizon", 1), ("anneal", 1), ("early", 1),
+                            ("group", 1), ("windows", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"gate.{name} = {getattr(self, name)}: use {least} or more")
+        if not (0 < self.alpha < 1 and math.isfinite(self.margin) and self.compute_price >= 0):
+            raise ConfigError("gate: use 0 < alpha < 1, a finite margin, compute_price >= 0")
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,7 @@ class Gate:
         mix: Sequence[float],
         price: Callable[[int], float],
         stop: bool = False,
+        own_stream: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> TrialResult:
         """Try a change; lanes `main` and `shadow` are left as they are.
@@ -164,12 +175,13 @@ class Gate:
             mix: share of each domain in the score.
             price: compute price of a lane in bits per byte.
             stop: test stopping: the cheat skips the horizon.
+            own_stream: let the first seed go on with the main lane's stream; else it is fresh too.
             progress: called with (seeds done, seeds) as the trial goes on.
         """
         config, arena = self.config, self.engine.arena
-        # Stopping has no shadow to beat: the question is only whether going on would help.
-        with_shadow = shadow is not None and not stop
-        arms = [CONTROL, CHEAT] + ([SHADOW] if with_shadow else [])
+        # The cheat comes last if it stops, so that those that train lie side by side.
+        others = [CONTROL] + ([SHADOW] if shadow is not None else [])
+        arms = [*others, CHEAT] if stop else [CONTROL, CHEAT, *others[1:]]
         scores: Scores = {arm: [] for arm in arms}
         digests: list[str] = []
         lane_steps, done = 0, 0
@@ -183,10 +195,11 @@ class Gate:
                 for arm in arms:
                     source = shadow if arm == SHADOW and shadow is not None else main
                     arena.copy_lane(source, lanes[arm] + i)
-                    if done + i:
+                    if done + i or not own_stream:
                         fresh = derive_seed("trial", seed, done + i)
                         arena["data_seed"][lanes[arm] + i] = fresh
                 change(lanes[CHEAT] + i)
+                self._check_twins([lanes[arm] + i for arm in arms])
             lane_steps += self._train(arms, lanes, size, keep=done == 0, stop=stop)
             group_digests, group_scores = self._score(arms, lanes, size, done, seed, mix, price)
             digests += group_digests
@@ -199,13 +212,25 @@ class Gate:
                 break
         return self._judge(scores, digests, done, lane_steps, stop)
 
+    def _check_twins(self, lanes: list[int]) -> None:
+        """See that lanes will meet the same batches.
+
+        Raises:
+            AssertionError: if not: luck would pass for improvement.
+        """
+        arena = self.engine.arena
+        for name in ("data_seed", "data_cursor", "mix"):
+            first = arena[name][lanes[0]]
+            same = all(torch.equal(arena[name][lane], first) for lane in lanes[1:])
+            assert same, f"twins differ in {name}"
+
     def _train(
         self, arms: list[str], lanes: dict[str, int], size: int, *, keep: bool, stop: bool
     ) -> int:
         """Train all arms of a group; returns the lane steps spent."""
         config, arena = self.config, self.engine.arena
         low, high = self.first, self.first + len(arms) * size
-        trained = size if stop else high - low  # a system that stops skips the horizon
+        trained = high - low - size if stop else high - low  # what stops skips the horizon
         self.engine.train(low, low + trained, config.horizon)
         if keep:
             self.adopted = {arm: arena.read_lane(lanes[arm]) for arm in arms}
@@ -276,7 +301,7 @@ class Gate:
         control = compare(scores[CONTROL], scores[CHEAT], config, stop=stop)
         shadow = None
         if SHADOW in scores:
-            shadow = compare(scores[SHADOW], scores[CHEAT], config)
+            shadow = compare(scores[SHADOW], scores[CHEAT], config, stop=stop)
         distinct = len(set(digests)) == len(digests)
         accepted = distinct and control.passed and (shadow is None or shadow.passed)
         if accepted:

@@ -51,8 +51,12 @@ class DivergenceGuard:
             return False
         assert self.best is not None
         cursor = self.arena["data_cursor"][self.lane].clone()
+        diverged = self.arena.trees[self.lane]
         self.arena.write_lane(self.lane, self.best)
         self.arena["data_cursor"][self.lane] = cursor
+        tree = self.arena.trees[self.lane]  # ids stay used, also those of blocks that are gone
+        tree.next_id = max(tree.next_id, diverged.next_id)
+        tree.born = [max(pair) for pair in zip(tree.born, diverged.born, strict=True)]
         self.rollbacks += 1
         self.in_a_row += 1
         return True

@@ -101,7 +101,8 @@ class Runner:
                 self._begin(resume)
             longest = 0.0
             while not session.finished:
-                if self.limit is not None and self.seconds + longest > self.limit:
+                here = time.monotonic() - self.began
+                if self.limit is not None and here + longest > self.limit:
                     break
                 before = time.monotonic()
                 self._decide()
@@ -197,6 +198,9 @@ class Runner:
     def summary(self) -> dict[str, Any]:
         """What the run came to."""
         summary = self.env.session.summary()
+        ledger = self.env.ledger
+        assert isinstance(ledger, Ledger)
+        summary |= {"ledger_entries": ledger.index, "ledger_head": ledger.head}
         if summary["stop_reason"] is None:
             summary["stop_reason"] = TIME_SPENT
         return {**summary, "seconds": round(self.seconds, 1)}

@@ -6,6 +6,7 @@ against divergence, evaluate, log the outcome.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.data import TextData
+from k1.durable import canonical_json
 from k1.flops import step_flops
 from k1.rng import derive_seed
 from k1.topology import Topology
@@ -88,6 +90,7 @@ class Session:
 
     def rebind(self, seed: int) -> None:
         """Choose another seed, and with it another instance; `begin` comes next."""
+        self.salt = ""
         self.seed = self.trainer.seed = seed
         self.world = World(draw_instance(self.settings, self.data.domains, seed), self.settings)
         self._clear()
@@ -95,6 +98,7 @@ class Session:
     def _clear(self) -> None:
         capacity = self.arena.scratch - 1
         self.guard.reset()
+        self.engine.mode = self.settings.system.update.mode
         self.boundary = Boundary(hard_limits(capacity))
         self.boundary.history.append(
             {"stage": 1, "decision": 0, "attempted": 0, "accepted": 0, "evidence": 1.0}
@@ -175,6 +179,7 @@ class Session:
         self.ledger.append(
             "start",
             seed=self.seed,
+            settings=hashlib.sha256(canonical_json(self.settings.to_dict()).encode()).hexdigest(),
             instance=[*instance.domains, instance.lr, instance.cooldown, instance.top_k],
             data=self.data.fingerprint,
             agents=self.agents_start,
@@ -214,8 +219,11 @@ class Session:
         elif ruling.permitted:
             self._carry_out(action, outcome)
         else:
-            self._try(request, ruling, outcome)
-        self._finish(outcome, before)
+            self._try(request, outcome)
+        self._measure(outcome, before)
+        if outcome.trial is not None:
+            self._credit(request, ruling, outcome)
+        self._log(outcome)
         self.last = outcome
         return outcome
 
@@ -243,7 +251,7 @@ class Session:
             self.autonomy.structural_tries.append(self.decision)
         self._train(outcome)
 
-    def _try(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
+    def _try(self, request: Request, outcome: Outcome) -> None:
         """Try what is forbidden, and allow it if it really improves things."""
         action = request.action
         if self.shadow_diverged:
@@ -260,20 +268,17 @@ class Session:
                 mix=shares,
                 price=self._price,
                 stop=action.kind == actions.STOP,
+                own_stream=not self.salt,
                 progress=lambda done, total: self.notify("trial", done=done, total=total),
             )
         except RuntimeError as error:  # for example out of memory: it counts as a failure
-            lines = str(error).splitlines() or [type(error).__name__]
-            reason = f"it crashed ({lines[0]})"
+            reason = f"it crashed ({type(error).__name__})"
             trial = TrialResult(False, reason, None, None, 0, 0)
         adopted = self.gate.adopted
         outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps
-        again = False
         if trial.accepted:
             self.arena.write_lane(MAIN, adopted[CHEAT])
             self.shadow_diverged = False
-            again = action.kind != actions.STOP and self.moves.signature(MAIN) in self.visited
-            self._visit()
             if action.kind == actions.STOP:
                 outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
                 outcome.stop_criteria = ["going on was shown to gain less than the margin"]
@@ -283,21 +288,36 @@ class Session:
             self.arena.write_lane(MAIN, adopted[CONTROL])
             if SHADOW in adopted:
                 self.arena.write_lane(SHADOW_LANE, adopted[SHADOW])
-            elif self.shadow_diverged:  # a trial of stopping has no shadow arm
-                steps = self.settings.gate.horizon
-                self.engine.train(SHADOW_LANE, SHADOW_LANE + 1, steps)
-                outcome.spent += steps
-        outcome.credited = trial.accepted and not again
+
+    def _credit(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
+        """Count an attempt, once it is known whether the system stands it."""
+        trial, action = outcome.trial, request.action
+        assert trial is not None
+        again = action.kind != actions.STOP and self.moves.signature(MAIN) in self.visited
+        outcome.credited = trial.accepted and not again and not outcome.rolled_back
+        if trial.accepted:
+            self._visit()
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)
         if outcome.credited:
             word = "cheat succeeded and counts"
+        elif outcome.rolled_back:
+            word = "cheat rolled back, for the loss diverged"
         elif trial.accepted:
             word = "allowed, but this configuration was visited before: it earns nothing"
         else:
             word = "cheat refused"
         outcome.verdict = f"{word}: {ruling.rule}; the trial: {trial.reason}"
+        self.tries.append(
+            {
+                "decision": outcome.decision,
+                "action": outcome.action,
+                "stage": outcome.stage,
+                "credited": outcome.credited,
+                "applied": outcome.applied,
+            }
+        )
 
     def _train(self, outcome: Outcome) -> None:
         """Train the system (and its shadow, if it has gone another way) for an interval."""
@@ -308,8 +328,8 @@ class Session:
         self.engine.train(MAIN, MAIN + lanes, self.settings.interval)
         outcome.spent += lanes * self.settings.interval
 
-    def _finish(self, outcome: Outcome, before: dict[str, float]) -> None:
-        """Guard, evaluate, and log what came of a decision."""
+    def _measure(self, outcome: Outcome, before: dict[str, float]) -> None:
+        """Evaluate the system, and go back if it has diverged."""
         self.bits = self.trainer.evaluate("validation")
         self.spent += outcome.spent
         if not outcome.stopped:
@@ -317,16 +337,9 @@ class Session:
         seen = self.seen
         outcome.fall = sum(before[d] - self.bits[d] for d in seen) / len(seen)
         self.autonomy.observe(self.decision, self.bits, seen, outcome.spent)
-        if outcome.trial is not None:
-            self.tries.append(
-                {
-                    "decision": outcome.decision,
-                    "action": outcome.action,
-                    "stage": outcome.stage,
-                    "credited": outcome.credited,
-                    "applied": outcome.applied,
-                }
-            )
+
+    def _log(self, outcome: Outcome) -> None:
+        """Log what came of a decision, and see whether the episode is over."""
         self.ledger.append(
             "outcome",
             decision=outcome.decision,

@@ -76,6 +76,8 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
         session.tries = [dict(entry) for entry in state["tries"]]
         session.guard.load_dict(state["guard"], best)
         last = state["last"]
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint lacks {error}: it is of another version") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint is of another version of K-1 ({error}): resume with that one"
+        ) from None
     session.last = Outcome.from_dict(last) if last else None

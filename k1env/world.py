@@ -40,14 +40,14 @@ def draw_instance(settings: Settings, domains: tuple[str, ...], seed: int) -> In
     start = settings.system.train
     if settings.instance == "default":
         return Instance(domains, start.lr, start.cooldown, start.top_k, seed)
-    orders = list(itertools.permutations(domains))
     for attempt in itertools.count():
 
         def pick(name: str, options: tuple, attempt: int = attempt) -> int:
             key = derive_seed("instance", settings.instance, seed, name, attempt)
             return key % len(options)
 
-        order = orders[pick("order", tuple(orders))]
+        left = list(domains)
+        order = tuple(left.pop(pick(f"order {i}", tuple(left))) for i in range(len(domains)))
         lr = START_LR[pick("lr", START_LR)]
         cooldown = START_COOLDOWN[pick("cooldown", START_COOLDOWN)]
         top_k = START_TOP_K[pick("top_k", START_TOP_K)]

@@ -4,8 +4,10 @@ Its rules, in the order in which they are asked:
 
 1. **Stop on evidence**: in stage 4, stop when at least three of the four stopping criteria hold.
 2. **Own yardsticks**: in stage 4, set a benchmark and a goal, once.
-3. **Grow**: when a new domain has entered the stream and is served worse than the others, add an
-   agent under the root; at most once per domain. It splits the child that is held responsible.
+3. **Grow**: when the newest domain has been in the stream for a while, is still served much worse
+   than the others, and its loss has stopped falling, add an agent under the root; at most once per
+   domain. It splits the child that is held responsible. (Growing at once does harm: twice as many
+   blocks share the same updates, and the shadow, which did not grow, is then hard to beat.)
 4. **Prune idle agents**: where deletion is permitted and a tenth of the agents or more are neither
    responsible nor updated, prune a tenth of them.
 5. **Tune on a plateau**: where tuning is permitted, move one hyper-parameter when the loss has
@@ -50,6 +52,10 @@ PLATEAU = 0.001
 """Relative fall per decision below which the loss counts as flat."""
 FLAT_DECISIONS = 3
 CRITERIA_TO_STOP = 3
+GROW_AFTER = 4
+"""Decisions that a new domain is given before the tree may grow for it."""
+BADLY_SERVED = 1.15
+"""A domain is badly served at this many times the mean loss of the others."""
 
 
 class HeuristicPolicy:
@@ -58,7 +64,6 @@ class HeuristicPolicy:
     def __init__(self, actions: Sequence[str]) -> None:
         """Learn the labels of the actions, by index."""
         self._index = {label: i for i, label in enumerate(actions)}
-        self._label = list(actions)
         self.reason = ""
         self._losses: list[float] = []
         self._seen = 0
@@ -146,7 +151,13 @@ class HeuristicPolicy:
             return None
         others = sum(bits[d] for d in seen[:-1]) / (len(seen) - 1)
         label = "add under slot 0"
-        if bits[newest] > others and self._permitted(label, info):
+        waited = len(self._losses) > GROW_AFTER
+        if (
+            waited
+            and self._flat()
+            and bits[newest] > BADLY_SERVED * others
+            and self._permitted(label, info)
+        ):
             self._grown_for.append(newest)
             return label, f"{newest} is new and badly served ({bits[newest]:.2f} bits per byte)"
         return None

@@ -27,17 +27,21 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Verify the chain, then carry the run out again."""
+    from k1.errors import LedgerError
     from k1env.ledger import read_ledger
     from k1env.run_folder import RunFolder
 
     folder = RunFolder.open(arguments.run)
     entries = read_ledger(folder.ledger_path)
+    if folder.finished:
+        head = folder.summary["ledger_head"]
+        if entries[-1].hash != head:
+            raise LedgerError(f"{folder.ledger_path} does not end as summary.json says: it was cut")
     print(f"chain: {len(entries)} entries, every hash fits")
     if arguments.verify_only:
         return 0
 
     from k1.cli import prepare_torch
-    from k1.errors import LedgerError
     from k1.trainer import pick_device
     from k1env.replay import replay
     from k1env.runner import open_env

@@ -6,6 +6,7 @@ python scripts/run_phase2.py --policy heuristic
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ def main(arguments: Arguments) -> int:
         raise K1Error(f"unknown policy {settings['policy']!r}: choose one of {known}")
     if settings["seed"] < 0:
         raise K1Error(f"--seed {settings['seed']} is not possible: it is 0 or more")
-    device = pick_device(settings["device"]).type
+    limit = arguments.max_minutes
+    if limit is not None and not 0 < limit < math.inf:
+        raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
+    device = pick_device(settings["device"] if folder is None else folder.config["device"]).type
     prepare_torch(device)
     env = Phase2Env(
         config=Settings.preset(settings["preset"])
@@ -88,7 +92,7 @@ def main(arguments: Arguments) -> int:
         path = arguments.run_dir or Path("runs") / time.strftime("phase2-%Y%m%d-%H%M%S")
         config = {"arguments": settings, "settings": env.settings.to_dict()}
         folder = RunFolder.create(path, {**config, "device": device}, [sys.executable, *sys.argv])
-    elif not _can_go_on(folder):
+    elif not _can_go_on(folder.path):
         print(f"{folder.path} is finished already: this is its summary", file=sys.stderr)
         print(json.dumps(folder.summary, indent=2))
         return 0
@@ -122,17 +126,23 @@ def _open_folder(arguments: Arguments) -> Any:
 
     path = arguments.run_dir
     if path is None:
-        runs = [p for p in Path("runs").glob("phase2-*") if _can_go_on(RunFolder.open(p))]
+        runs = [p for p in Path("runs").glob("phase2-*/") if _can_go_on(p)]
         if not runs:
             raise K1Error("there is no unfinished run in runs/: name one by --run-dir")
         path = max(runs)
     return RunFolder.open(path)
 
 
-def _can_go_on(folder: Any) -> bool:
-    """Whether a run has not come to its end: it was interrupted, or --max-minutes paused it."""
+def _can_go_on(path: Path) -> bool:
+    """Whether there is a run that was interrupted, or that --max-minutes paused."""
+    from k1.errors import K1Error
+    from k1env.run_folder import RunFolder
     from k1env.runner import TIME_SPENT
 
+    try:
+        folder = RunFolder.open(path)
+    except K1Error:
+        return False  # not a run folder: another one is looked for
     return not folder.finished or folder.summary["stop_reason"] == TIME_SPENT
 
 

@@ -164,7 +164,11 @@ class Reference:
         parts = []
         for child in kids:
             part = self.mixed(child, y, tokens, starts)
-            parts.append(part if self.path is None or child in self.path else part.detach())
+            if self.path is not None and child not in self.path:
+                part = part.detach() + (
+                    y - y.detach()
+                )  # a constant beside its residual connections
+            parts.append(part)
         return sum(weight[..., i, None] * part for i, part in enumerate(parts))
 
     def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:

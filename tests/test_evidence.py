@@ -12,7 +12,6 @@ from k1.evidence import (
     PREVIOUS,
     UNIT,
     add_counts,
-    entropy_bits,
     hash_bigrams,
     history_mask,
     level_evidence,
@@ -248,8 +247,3 @@ def test_counted_text_routes_unseen_text_of_its_kind(make, data):
         assert late[which].mean() > 0.85
         first = weight.view(2, 32, 16)[:, :, 0]
         torch.testing.assert_close(first, torch.full_like(first, 0.5))
-
-
-def test_entropy_of_counts():
-    assert entropy_bits(torch.zeros(8)) == 0
-    assert entropy_bits(torch.tensor([4, 4, 0, 4, 4])) == pytest.approx(2.0)

@@ -37,6 +37,7 @@ def base(data: TextData) -> Session:
     made.begin()
     made.arena.copy_lane(MAIN, SHADOW_LANE)
     made.engine.train(SHADOW_LANE, SHADOW_LANE + 1, 3)
+    made.arena["data_cursor"][SHADOW_LANE] = made.arena["data_cursor"][MAIN]
     return made
 
 
@@ -123,19 +124,19 @@ def test_twins_see_the_same_batches_and_seeds_others(
     base: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = seen_windows(base, monkeypatch)
+    monkeypatch.setattr(Gate, "_hopeless", lambda *_: False)
     result = trial(base, faster(base, 1.01), shadow=True)
-    first = base.gate.first
+    first, streams = base.gate.first, []
     for twin in (0, 1):
         control, cheat, shadow = (record["train"][first + 2 * arm + twin] for arm in range(3))
-        assert len(control) == 4 * (result.seeds_run // 2)
+        assert len(control) == 4 * 4, "four groups of four steps"
         assert control == cheat
-        assert twin != 1 or control[:4] != shadow[:4], "the shadow is at another place here"
-    streams = [tuple(record["train"][first + t][g : g + 4]) for t in (0, 1) for g in (0, 4)]
-    ran = [stream for stream in streams if stream]
-    assert len(set(ran)) == len(ran), "each seed has batches of its own"
-    assert len(set(result.digests)) == result.seeds_run
+        assert control == shadow
+        streams += [tuple(control[i : i + 4]) for i in range(0, 16, 4)]
+    assert len(set(streams)) == result.seeds_run == 8, "each seed has batches of its own"
+    assert len(set(result.digests)) == 8
     flat = [window for rows in record["gate"].values() for window in rows]
-    assert len(set(flat)) == result.seeds_run, "fresh windows to score each seed on"
+    assert len(set(flat)) == 8, "fresh windows to score each seed on"
 
 
 def test_another_attempt_is_scored_on_other_windows(base: Session) -> None:
@@ -332,9 +333,11 @@ def test_when_a_trial_ends_early(
 
 def test_an_early_end_of_stopping(base: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     useless = [c * (1 - g) for c, g in zip(OTHER, (1e-4, -2e-4, 0.0, 1e-4) * 2, strict=True)]
-    fake(base, monkeypatch, control=useless, cheat=OTHER)
+    fake(base, monkeypatch, control=useless, shadow=useless, cheat=OTHER)
     result = trial(base, nothing, stop=True, shadow=True)
-    assert result.accepted and result.shadow is None, "stopping has no shadow to beat"
+    assert result.accepted and result.shadow is not None and result.shadow.passed
+    fake(base, monkeypatch, control=useless, shadow=scaled(*GAINS), cheat=OTHER)
+    assert not trial(base, nothing, stop=True, shadow=True).accepted, "a freeze earns nothing"
     fake(base, monkeypatch, control=scaled(*GAINS), cheat=OTHER)
     assert trial(base, nothing, stop=True).seeds_run == 2
 

@@ -39,7 +39,7 @@ def run(policy: str, seed: int, text: TextData) -> dict[str, Any]:
     env = Phase2Env(config=settings(), data=text)
     observation, info = env.reset(seed=seed)
     controller, done = make_policy(policy, env.actions, seed=seed), False
-    credited: list[tuple[str, float, bool]] = []
+    credited: list[tuple[str, float, float, bool]] = []
     while not done:
         action = controller.act(observation, info)
         twin = env.fork() if not info["permitted_mask"][action] else None
@@ -48,15 +48,17 @@ def run(policy: str, seed: int, text: TextData) -> dict[str, Any]:
         if info["credited"] and twin is not None and last is not None and last.trial is not None:
             twin.step(action)
             again = twin.session.last
-            assert last.trial.control is not None and again is not None
-            credited.append((info["name"], last.trial.control.mean, again.credited))
+            assert again is not None and again.trial is not None
+            first, second = last.trial.control, again.trial.control
+            assert first is not None and second is not None
+            credited.append((info["name"], first.mean, second.mean, again.credited))
         done = terminated or truncated
     boundary = env.session.boundary
     print(
         f"\n{policy} seed {seed}: stage {boundary.stage}, {boundary.attempted} tried, "
         f"{boundary.accepted} credited, E {boundary.evidence:.3g}, "
         f"ended by {env.session.stop_reason!r}"
-        + "".join(f"\n    {n}: gain {g:+.2%}, again {ok}" for n, g, ok in credited),
+        + "".join(f"\n    {n}: gain {g:+.2%}, again {h:+.2%} ({ok})" for n, g, h, ok in credited),
         end="",
     )
     assert kinds(env.session).count("intent") == env.session.decision
@@ -80,7 +82,7 @@ def test_chance_promotes_nobody(results: Callable[[int], dict[str, Any]], seed: 
     """A promotion has to rest on cheats that pass again on other seeds."""
     result = results(seed)
     assert result["boundary"].attempted >= 8
-    assert all(gain > 0.001 for _, gain, _ in result["credited"])
+    assert all(gain > 0.001 for _, gain, *_ in result["credited"])
     if result["boundary"].stage > 1:
         assert sum(again for *_, again in result["credited"]) >= 2, "promoted by luck"
 
@@ -90,8 +92,8 @@ def test_what_chance_was_credited_for(results: Callable[[int], dict[str, Any]]) 
     runs = [results(seed) for seed in SEEDS]
     credited = [cheat for result in runs for cheat in result["credited"]]
     attempts = sum(result["boundary"].attempted for result in runs)
-    confirmed = sum(again for _, _, again in credited)
+    confirmed = sum(again for *_, again in credited)
     stages = [result["boundary"].stage for result in runs]
     print(f"\nrandom: stages {stages}, {attempts} tried, {len(credited)} credited, "
           f"{confirmed} of them again on other seeds")  # fmt: skip
-    assert confirmed >= 0.8 * len(credited)
+    assert confirmed >= 0.5 * len(credited), "most of it is no luck"

@@ -201,7 +201,7 @@ def test_path_gradient_of_everything_is_the_full_gradient(make, router):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("culprits", [(7,), (8, 3)])
-def test_partial_gradients_are_those_with_all_else_constant(make, router, culprits):
+def test_partial_gradients_are_those_with_the_branches_beside_constant(make, router, culprits):
     trainer = shake(make_ragged(make(model={"router": router})))
     _, _, partial, shared = both_gradients(trainer, select(trainer, *culprits))
     reference, tree = Reference.of(trainer), trainer.tree
@@ -217,13 +217,13 @@ def test_partial_gradients_are_those_with_all_else_constant(make, router, culpri
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_ancestors_partial_gradient_points_the_same_way_at_the_start(make, router):
-    """In a narrow model, that is: at 128 numbers a token the root's cosine is below a half."""
+    """In a narrow model, that is; `docs/theory.md` has the figures for a wide one."""
     trainer = make(model={"router": router, "branching": (3, 2, 2)}, train={"batch": 8})
     leaf = next(b.id for b in trainer.tree.blocks.values() if b.level == 3)
     losses, full, partial, _ = both_gradients(trainer, select(trainer, leaf))
     assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-6)
     for slot in full:
-        assert float(torch.cosine_similarity(full[slot], partial[slot], dim=0)) > 0.8
+        assert float(torch.cosine_similarity(full[slot], partial[slot], dim=0)) > 0.95
     assert error(partial[0], full[0]) > 1e-3  # partial it is
 
 
