@@ -165,9 +165,7 @@ class Reference:
         for child in kids:
             part = self.mixed(child, y, tokens, starts)
             if self.path is not None and child not in self.path:
-                part = part.detach() + (
-                    y - y.detach()
-                )  # a constant beside its residual connections
+                part = part.detach() + (y - y.detach())  # but for residual connections
             parts.append(part)
         return sum(weight[..., i, None] * part for i, part in enumerate(parts))
 

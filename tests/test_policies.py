@@ -108,16 +108,17 @@ def test_it_never_probes_what_is_permitted_or_impossible() -> None:
 def test_it_grows_once_for_a_domain_that_stays_badly_served() -> None:
     scene = calm()
     scene.bits = {"a": 2.0, "b": 3.0}
-    assert [scene.act() for _ in range(4)] == ["no-op"] * 4, "a new domain is given time"
-    assert scene.act() == "add under slot 0"
+    early = [scene.act(fall=0.0) for _ in range(4)]
+    assert early == ["no-op"] * 4, "a new domain is given time"
+    assert scene.act(fall=0.0) == "add under slot 0"
     assert "b is new and badly served (3.00 bits per byte)" in scene.policy.reason
-    assert "add under slot 0" not in [scene.act() for _ in range(4)]
+    assert "add under slot 0" not in [scene.act(fall=0.0) for _ in range(4)]
 
 
 def test_it_does_not_grow_where_all_goes_well() -> None:
     scene = calm()
     scene.bits = {"a": 2.0, "b": 2.1}
-    assert "add under slot 0" not in [scene.act() for _ in range(8)]
+    assert "add under slot 0" not in [scene.act(fall=0.0) for _ in range(8)]
     scene = calm()
     for decision in range(8):
         scene.bits = {"a": 2.0, "b": 3.0 - 0.05 * decision}
