@@ -34,7 +34,7 @@ This folder holds one run of K-1. Each file, in the order in which a run writes 
 {_METRICS:<15} the course of the training, one JSON object a line; null stands for a number
                 that was not finite
 {_CHECKPOINTS + "/":<15} the states to continue from: tensors, plain JSON, and their SHA-256
-{_SUMMARY:<15} the results; it is written last, so a run that has it is finished
+{_SUMMARY:<15} the results so far, written when the run ends or pauses
 {_LOCK:<15} marks a run in progress; it may stay behind and does no harm
 
 A run that was interrupted continues when its command is given again with --resume.

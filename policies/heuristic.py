@@ -6,14 +6,16 @@ Its rules, in the order in which they are asked:
 2. **Own yardsticks**: in stage 4, set a benchmark and a goal, once.
 3. **Grow**: when the newest domain has been in the stream for a while, is still served much worse
    than the others, and its loss has stopped falling, add an agent under the root; at most once per
-   domain. It splits the child that is held responsible. (Growing at once does harm: twice as many
-   blocks share the same updates, and the shadow, which did not grow, is then hard to beat.)
+   domain, and only where deletion is permitted, so that it can be taken back. It splits the child
+   that is held responsible. (Growing at once and for good did harm: more blocks share the same
+   updates, and no cheat could then beat the shadow, which had not grown.)
 4. **Prune idle agents**: where deletion is permitted and a tenth of the agents or more are neither
    responsible nor updated, prune a tenth of them.
 5. **Tune on a plateau**: where tuning is permitted, move one hyper-parameter when the loss has
    stopped falling; if the loss is higher two decisions later, move it back.
 6. **Probe one bound at a time**: try the forbidden action with the best record. A success makes
-   the same direction the next candidate; a refusal makes it wait, twice as long each time.
+   the same direction the next candidate; a refusal makes it wait, twice as long each time. A new
+   domain ends all waiting, for what helps depends on the text.
 7. Otherwise train on.
 """
 
@@ -52,6 +54,8 @@ PLATEAU = 0.001
 """Relative fall per decision below which the loss counts as flat."""
 FLAT_DECISIONS = 3
 CRITERIA_TO_STOP = 3
+DELETION_FROM = 3
+"""Stage from which on deletion is permitted."""
 GROW_AFTER = 4
 """Decisions that a new domain is given before the tree may grow for it."""
 BADLY_SERVED = 1.15
@@ -102,6 +106,8 @@ class HeuristicPolicy:
         if len(seen) != self._seen:
             self._seen, self._losses = len(seen), []
             self._tuned = None
+            self._wait = dict.fromkeys(PROBES, FIRST_WAIT)
+            self._free_at = dict.fromkeys(PROBES, 0)
         self._losses.append(sum(info["bits_per_byte"][d] for d in seen) / len(seen))
         label = self._last
         if info["tried"] and label in self._score:
@@ -151,7 +157,7 @@ class HeuristicPolicy:
             return None
         others = sum(bits[d] for d in seen[:-1]) / (len(seen) - 1)
         label = "add under slot 0"
-        waited = len(self._losses) > GROW_AFTER
+        waited = len(self._losses) > GROW_AFTER and info["stage"] >= DELETION_FROM
         if (
             waited
             and self._flat()

@@ -108,6 +108,10 @@ def test_it_never_probes_what_is_permitted_or_impossible() -> None:
 def test_it_grows_once_for_a_domain_that_stays_badly_served() -> None:
     scene = calm()
     scene.bits = {"a": 2.0, "b": 3.0}
+    assert "add under slot 0" not in [scene.act(fall=0.0) for _ in range(8)], "not for good"
+    scene = calm()
+    scene.stage = 3
+    scene.bits = {"a": 2.0, "b": 3.0}
     early = [scene.act(fall=0.0) for _ in range(4)]
     assert early == ["no-op"] * 4, "a new domain is given time"
     assert scene.act(fall=0.0) == "add under slot 0"
