@@ -30,7 +30,7 @@ class Settings:
     """Decisions until the stream moves on to the next domain."""
     replay: float = 0.3
     """Share of the stream that keeps coming from the domains seen before."""
-    budget: int = 12_000
+    budget: int = 10_000
     """Lane steps, trials included, after which the episode is truncated."""
     max_decisions: int = 400
     """Decisions after which the episode is truncated."""

@@ -148,6 +148,8 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "policy": (RUN, fresh(policy="magic"), "choose one of heuristic, random, noop"),
     "preset": (RUN, fresh(preset="huge"), "choose one of tiny, cpu, gpu, paper"),
     "seed": (RUN, fresh(seed="-1"), "0 or more"),
+    "no time": (RUN, fresh(**{"max-minutes": "0"}), "give a number above 0"),
+    "nan time": (RUN, fresh(**{"max-minutes": "nan"}), "give a number above 0"),
     "device": (RUN, fresh(device="abacus"), "use auto, cpu or cuda"),
     "cuda": (RUN, fresh(device="cuda"), "use --device cpu or auto"),
     "no data": (RUN, fresh("nowhere"), "check its spelling"),
@@ -300,6 +302,8 @@ def test_phase_1_makes_a_start_for_phase_2(place: Path, tmp_path: Path) -> None:
     assert start.is_dir() and f"--start {start}" in done.stdout
     assert len((one / "metrics.jsonl").read_text().splitlines()) == 2
     options = ("--preset", "tiny", "--data", place / "text", "--policy", "noop", "--json")
-    done = call(RUN, *options, "--start", start, "--run-dir", tmp_path / "two", "--max-minutes", 0)
+    done = call(
+        RUN, *options, "--start", start, "--run-dir", tmp_path / "two", "--max-minutes", 1e-5
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train_steps"] >= 4

@@ -322,6 +322,8 @@ def forge(whole: Path, path: Path, change: Callable[[str, dict[str, Any]], None]
     for entry in entries:
         change(entry.kind, entry.data)
         ledger.append(entry.kind, **entry.data)
+    summary = summary_of(path) | {"ledger_head": ledger.head}
+    (path / "summary.json").write_text(json.dumps(summary))
     return path
 
 
@@ -361,12 +363,13 @@ def test_a_forged_ledger_is_found_out(
 def test_a_forged_ledger_ends_the_replay_with_status_2(whole: Path, tmp_path: Path) -> None:
     forged = forge(whole, tmp_path / "forged", other_action)
     done = call(REPLAY, forged)
+    assert "does not reproduce entry" in done.stderr
     assert done.returncode == 2 and "chain: " in done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert call(REPLAY, forged, "--verify-only").returncode == 0, "the chain alone is whole"
 
 
-@pytest.mark.parametrize("cut", ["a line", "a letter", "the order"])
+@pytest.mark.parametrize("cut", ["a line", "a letter", "the order", "the end"])
 def test_verify_only_finds_a_broken_chain(whole: Path, tmp_path: Path, cut: str) -> None:
     path = tmp_path / "broken"
     shutil.copytree(whole, path)
@@ -375,8 +378,12 @@ def test_verify_only_finds_a_broken_chain(whole: Path, tmp_path: Path, cut: str)
         del lines[3]
     elif cut == "a letter":
         lines[3] = lines[3].replace("no", "on", 1)
-    else:
+    elif cut == "the order":
         lines[3], lines[4] = lines[4], lines[3]
+    else:
+        del lines[-2:]
     (path / "ledger.jsonl").write_text("".join(lines))
     done = call(REPLAY, path, "--verify-only")
-    assert done.returncode == 2 and "line 4 of" in done.stderr and "is bad" in done.stderr
+    assert done.returncode == 2
+    wanted = "does not end as summary.json says" if cut == "the end" else "ledger.jsonl is bad"
+    assert wanted in done.stderr and ("line 4 of" in done.stderr) == (cut != "the end")

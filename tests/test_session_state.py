@@ -158,6 +158,23 @@ def test_benchmarks_measure_what_they_say() -> None:
     assert goal.reached == 4
 
 
+def test_a_cheat_that_does_not_last_earns_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard has the last word: what it takes back was no improvement."""
+    session = start()
+    monkeypatch.setattr(session.gate, "config", quick(gate={"margin": -1.0}).gate)
+    monkeypatch.setattr(type(session.gate), "_hopeless", lambda *_: False)
+    session.guard.best_loss = 0.1
+    act(session, "tune lr x2")
+    last = session.last
+    assert last is not None and last.trial is not None and last.trial.accepted
+    assert last.rolled_back and not last.credited and "rolled back" in last.verdict
+    assert session.arena.get_hyper(MAIN)["lr"] == pytest.approx(1e-3)
+    assert (session.boundary.attempted, session.boundary.accepted) == (1, 0)
+    assert session.boundary.evidence == 10 / 11
+
+
 # -- snapshots ----------------------------------------------------------------------------------
 
 BEFORE = ("no-op", "add under slot 0", "tune lr x0.1", "no-op")
