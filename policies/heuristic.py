@@ -206,7 +206,7 @@ class HeuristicPolicy:
     def _probe(self, observation: Observation, info: Mapping[str, Any]) -> tuple[str, str] | None:
         ready = [
             label
-            for label in self._score
+            for label in PROBES  # in this order: a stored memory has its keys sorted
             if self._free_at[label] <= info["decision"]
             and self._possible(label, info)
             and not self._permitted(label, info)

@@ -299,20 +299,6 @@ def test_a_peek_tells_the_future_and_changes_nothing(env: Phase2Env, label: str)
     assert alike(seen, step(env, label))
 
 
-def test_a_peek_at_a_cheat_uses_other_seeds(env: Phase2Env) -> None:
-    step(env, "no-op")
-    before = state_of(env)
-    label = index_of(env, "tune lr x2")
-    twin = env.fork()
-    twin.step(label)
-    assert state_of(env) == before
-    step(env, "tune lr x2")
-    ours, theirs = env.session.last, twin.session.last
-    assert ours is not None and ours.trial is not None
-    assert theirs is not None and theirs.trial is not None
-    assert not set(ours.trial.digests) & set(theirs.trial.digests)
-
-
 def test_looking_ahead_does_not_tell_which_attempt_is_lucky(env: Phase2Env) -> None:
     before, twin = state_of(env), env.fork()
     env.peek(index_of(env, REFUSED))
@@ -322,8 +308,8 @@ def test_looking_ahead_does_not_tell_which_attempt_is_lucky(env: Phase2Env) -> N
     for each in forks:
         step(each, REFUSED)
         assert each.session.last is not None and each.session.last.trial is not None
-        draws.append(each.session.last.trial.digests[1])
-    assert len(set(draws)) == 3
+        draws += each.session.last.trial.digests
+    assert len(set(draws)) == len(draws)
 
 
 def test_a_controller_learns_accept_or_reject_only(env: Phase2Env) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from k1.config import Config
+from k1.durable import canonical_json
 from k1.errors import K1Error
 from k1env.actions import action_table
 from policies import POLICIES, HeuristicPolicy, NoopPolicy, RandomPolicy, make_policy
@@ -225,7 +226,7 @@ def twin_scenes(decisions: int) -> tuple[Scene, Scene]:
 @pytest.mark.parametrize("decisions", [0, 1, 5, 11, 12, 13, 25])
 def test_a_memory_restored_from_json_goes_on_the_same(decisions: int) -> None:
     one, other = twin_scenes(decisions)
-    stored = json.dumps(one.policy.state_dict(), allow_nan=False)
+    stored = canonical_json(one.policy.state_dict())  # as in checkpoints: keys are sorted
     resumed = HeuristicPolicy(LABELS)
     resumed.load_state_dict(json.loads(stored))
     assert act_along(one.policy, one, 20) == act_along(resumed, other, 20)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from k1.data import TextData
+from k1.durable import canonical_json
 from k1.errors import CheckpointError
 from k1env.autonomy import (
     BEST_COMPUTE,
@@ -184,7 +185,7 @@ AFTER = ("tune lr x2", "add under slot 0", "no-op", "prune 10%")
 def as_stored(session: Session) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A snapshot after its way through a file."""
     tensors, state = session.snapshot()
-    stored: dict[str, Any] = json.loads(json.dumps(state, allow_nan=False))
+    stored: dict[str, Any] = json.loads(canonical_json(state))
     return {name: tensor.clone() for name, tensor in tensors.items()}, stored
 
 
