@@ -26,11 +26,11 @@ class Settings:
     """Learning rate of those steps; Phase 2 starts with the system's own (`train.lr`)."""
     interval: int = 60
     """Training steps after each decision."""
-    phase_decisions: int = 8
+    phase_decisions: int = 6
     """Decisions until the stream moves on to the next domain."""
-    replay: float = 0.3
+    replay: float = 0.5
     """Share of the stream that keeps coming from the domains seen before."""
-    budget: int = 10_000
+    budget: int = 8_000
     """Lane steps, trials included, after which the episode is truncated."""
     max_decisions: int = 400
     """Decisions after which the episode is truncated."""
