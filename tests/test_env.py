@@ -303,13 +303,13 @@ def test_looking_ahead_does_not_tell_which_attempt_is_lucky(env: Phase2Env) -> N
     before, twin = state_of(env), env.fork()
     env.peek(index_of(env, REFUSED))
     assert state_of(env) == before
-    forks = [twin, twin.fork(), env]
-    draws = []
-    for each in forks:
+    draws, streams, own = [], [], int(env.session.arena["data_seed"][MAIN])
+    for each in (twin, twin.fork(), env):
         step(each, REFUSED)
         assert each.session.last is not None and each.session.last.trial is not None
         draws += each.session.last.trial.digests
-    assert len(set(draws)) == len(draws)
+        streams.append(int(each.session.gate.adopted["control"].tensors["data_seed"]) == own)
+    assert len(set(draws)) == len(draws) and streams == [False, False, True]
 
 
 def test_a_controller_learns_accept_or_reject_only(env: Phase2Env) -> None:

@@ -38,7 +38,7 @@ from tests.phase2_helpers import (
     write_text,
 )
 
-SETTINGS: dict[str, Any] = {"phase1_steps": 60, "max_decisions": 6}
+SETTINGS: dict[str, Any] = {"phase1_steps": 40, "max_decisions": 5}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_run_survives_being_killed_again_and_again(
     done = call(RUN, "--run-dir", path, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     same_run(path, whole)
-    assert json.loads(done.stdout)["decisions"] == 6
+    assert json.loads(done.stdout)["decisions"] == 5
 
 
 @pytest.mark.slow
@@ -307,7 +307,7 @@ def test_a_replay_gives_the_state_hash_again(whole: Path) -> None:
     done = call(REPLAY, whole)
     assert done.returncode == 0, done.stderr
     wanted = summary_of(whole)["state_hash"]
-    assert f"6 decisions give the same state hash {wanted[:16]}" in done.stdout
+    assert f"5 decisions give the same state hash {wanted[:16]}" in done.stdout
     assert (whole / "ledger.jsonl").read_bytes() == before
     done = call(REPLAY, whole, "--verify-only")
     assert done.returncode == 0 and "every hash fits" in done.stdout

@@ -167,6 +167,7 @@ def test_a_cheat_that_does_not_last_earns_nothing(
     monkeypatch.setattr(session.gate, "config", quick(gate={"margin": -1.0}).gate)
     monkeypatch.setattr(type(session.gate), "_hopeless", lambda *_: False)
     session.guard.best_loss = 0.1
+    session.visited.clear()
     act(session, "tune lr x2")
     last = session.last
     assert last is not None and last.trial is not None and last.trial.accepted
