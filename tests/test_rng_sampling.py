@@ -8,7 +8,7 @@ from scipy import stats
 
 from k1.data import POOLS
 from k1.rng import derive_seed, random_bits, random_uniform
-from k1.sampling import TokenStore, mix_of
+from k1.sampling import TokenStore
 
 
 def seeds(*values):
@@ -193,9 +193,3 @@ def test_pools_are_disjoint(data):
     for i, a in enumerate(keys):
         for b in keys[i + 1 :]:
             assert not documents[a] & documents[b], (a, b)
-
-
-def test_bytes_are_counted_per_lane(store):
-    targets = torch.tensor([[[97, 98]], [[0, 255]]])
-    assert store.bytes_in(targets).tolist() == [2.0, 2.0]
-    assert mix_of(("a", "b"), {"b": 3.0}) == [0.0, 1.0]
