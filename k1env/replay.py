@@ -51,4 +51,10 @@ def replay(
             if progress:
                 progress(number, len(intents))
             session.act(intent.data["action"])
+        more = [e for e in entries[session.ledger.index :] if e.kind != "intent"]
+        if more:  # but an intent, whose decision a kill cut short
+            raise LedgerError(
+                f"entry {more[0].index} of {ledger_path} ({more[0].kind!r}) does not follow from "
+                "the decisions before: treat the run as void from there on"
+            )
     return ReplayResult(len(entries), len(intents), session.trainer.state_hash())
