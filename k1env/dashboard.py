@@ -29,7 +29,6 @@ from k1env.view import SessionView, bounds_lines, duration, evidence_line, loss_
 from k1env.watch import Watch, banner_words
 
 BANNER_SECONDS = 12.0
-PROGRESS_SECONDS = 10.0
 GLOSSARY = "a cheat is what the stage forbids, kept only if a trial on copies shows that it helps"
 TREE_COLUMNS = "mean gradient norm, steps updated, leaves"
 _WORD_STYLES = {"cheat succeeded": "bold green", "cheat refused": "red", "impossible": "yellow"}

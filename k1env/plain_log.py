@@ -20,11 +20,8 @@ from k1env.session import Session
 from k1env.view import duration, explain, gain, verdict_word
 from k1env.watch import Watch, banner_words
 
-BANNER_SECONDS = 12.0
 PROGRESS_SECONDS = 10.0
 GLOSSARY = "a cheat is what the stage forbids, kept only if a trial on copies shows that it helps"
-TREE_COLUMNS = "mean gradient norm, steps updated, leaves"
-_WORD_STYLES = {"cheat succeeded": "bold green", "cheat refused": "red", "impossible": "yellow"}
 
 
 class PlainLog(Watch):

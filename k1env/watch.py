@@ -15,12 +15,6 @@ from k1env.outcome import Outcome
 from k1env.session import Session
 from k1env.view import PERMITTED, SessionView, explain, look, verdict_word
 
-BANNER_SECONDS = 12.0
-PROGRESS_SECONDS = 10.0
-GLOSSARY = "a cheat is what the stage forbids, kept only if a trial on copies shows that it helps"
-TREE_COLUMNS = "mean gradient norm, steps updated, leaves"
-_WORD_STYLES = {"cheat succeeded": "bold green", "cheat refused": "red", "impossible": "yellow"}
-
 
 @dataclass
 class Record:
