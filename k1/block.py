@@ -122,26 +122,59 @@ def _causal_attention(qkv: Tensor, heads: int) -> Tensor:
     return outs[0] if heads == 1 else torch.cat(outs, dim=-1)
 
 
-def _normed_linear(x: Tensor, norm: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    """Layer norm with its gain and shift folded into the projection that follows.
+@dataclass(frozen=True)
+class Folded:
+    """Blocks as products: each norm's gain and shift are folded into the projection behind it.
 
-    `(n(x) * norm + shift) @ weight = n(x) @ (norm[:, None] * weight) + shift @ weight`: the same
-    function with two passes over the activations fewer.
+    `(n(x) * gain + shift) @ weight = n(x) @ (gain[:, None] * weight) + shift @ weight`: the same
+    function with two passes over the activations fewer. All in the dtype of the arithmetic.
     """
-    cast = x.dtype
-    h = F.layer_norm(x, (x.shape[-1],))
-    bias = torch.bmm(shift[:, None], weight).to(cast)
-    return torch.baddbmm(bias, h, (norm[..., None] * weight).to(cast))
+
+    qkv: Tensor
+    """[blocks, d, 3 * d]."""
+    qkv_bias: Tensor
+    """[blocks, 3 * d]."""
+    out: Tensor
+    """[blocks, d, d]."""
+    mlp_in: Tensor
+    """[blocks, d, f]."""
+    mlp_in_bias: Tensor
+    """[blocks, f]."""
+    mlp_out: Tensor
+    """[blocks, f, d]."""
+    mlp_out_bias: Tensor
+    """[blocks, d]."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them in order."""
+        return tuple(vars(self).values())
 
 
-def block_forward(p: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
+def fold(p: dict[str, Tensor], dtype: torch.dtype) -> Folded:
+    """Fold the norms of blocks, given as pieces of `block_layout`, each [blocks, ...]."""
+    gain_1, gain_2 = p["norm1.weight"][..., None], p["norm2.weight"][..., None]
+    qkv, mlp_in = p["attention.qkv"], p["mlp.in"]
+    qkv_bias = torch.bmm(p["norm1.bias"][:, None], qkv)
+    in_bias = torch.baddbmm(p["mlp.in_bias"][:, None], p["norm2.bias"][:, None], mlp_in)
+    return Folded(
+        (gain_1 * qkv).to(dtype),
+        qkv_bias[:, 0].to(dtype),
+        p["attention.out"].to(dtype),
+        (gain_2 * mlp_in).to(dtype),
+        in_bias[:, 0].to(dtype),
+        p["mlp.out"].to(dtype),
+        p["mlp.out_bias"].to(dtype),
+    )
+
+
+def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     """Run blocks, each on its own input.
 
     `x = x + attention(norm1(x)) @ out`, then
     `x = x + gelu(norm2(x) @ in + in_bias) @ out + out_bias`.
 
     Args:
-        p: pieces of `block_layout`, each [blocks, ...].
+        p: the blocks' weights.
         x: [blocks, batch, time, embed]; its dtype is the dtype of the arithmetic.
         heads: attention heads.
 
@@ -149,16 +182,13 @@ def block_forward(p: dict[str, Tensor], x: Tensor, heads: int) -> Tensor:
         [blocks, batch, time, embed].
     """
     blocks, batch, time, d = x.shape
-    cast = x.dtype
     x = x.reshape(blocks, batch * time, d)
-    qkv = _normed_linear(x, p["norm1.weight"], p["norm1.bias"], p["attention.qkv"])
+    qkv = torch.baddbmm(p.qkv_bias[:, None], F.layer_norm(x, (d,)), p.qkv)
     a = _causal_attention(qkv.view(blocks * batch, time, 3 * d), heads)
-    x = torch.baddbmm(x, a.view(blocks, batch * time, d), p["attention.out"].to(cast))
-    h = F.layer_norm(x, (d,))
-    bias = torch.baddbmm(p["mlp.in_bias"][:, None], p["norm2.bias"][:, None], p["mlp.in"])
-    h = torch.baddbmm(bias.to(cast), h, (p["norm2.weight"][..., None] * p["mlp.in"]).to(cast))
-    x = x + p["mlp.out_bias"][:, None].to(cast)
-    x = torch.baddbmm(x, F.gelu(h), p["mlp.out"].to(cast))
+    x = torch.baddbmm(x, a.view(blocks, batch * time, d), p.out)
+    h = torch.baddbmm(p.mlp_in_bias[:, None], F.layer_norm(x, (d,)), p.mlp_in)
+    x = x + p.mlp_out_bias[:, None]
+    x = torch.baddbmm(x, F.gelu(h), p.mlp_out)
     return x.view(blocks, batch, time, d)
 
 

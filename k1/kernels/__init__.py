@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA. Each file holds one; they are imported only where they run."""

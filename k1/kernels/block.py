@@ -1,0 +1,397 @@
+"""One transformer block per program group: whole sequences stay on the chip.
+
+A program holds `rows` consecutive tokens (one sequence, several short ones, or a part of a long
+one) of one block and takes them through norm, attention, feed-forward and residuals without
+writing anything between. The weights come from the L2 cache, in which the programs of one block
+find them. With gradients the forward kernel keeps what the backward pass needs; that pass is
+plain matrix products with small kernels between them.
+
+Shapes: S blocks, N tokens of each (whole sequences of T), d = embed, f = feed_forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k1.block import Folded
+
+_EPS = tl.constexpr(1e-5)
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _normed(x, D: tl.constexpr):
+    """Layer norm without gain: the normed rows [M, D] and 1 / standard deviation [M]."""
+    centred = x - (tl.sum(x, 1) / D)[:, None]
+    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / D + _EPS)
+    return centred * inverse[:, None], inverse
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _project(h, weight, bias, column, D: tl.constexpr, W: tl.constexpr):
+    """Multiply h [M, D] by W columns of the weight [D, 3 * D] from `column` on; add the bias."""
+    d, w = tl.arange(0, D), column + tl.arange(0, W)
+    tile = tl.load(weight + d[:, None] * (3 * D) + w[None, :])
+    return (_dot(h, tile) + tl.load(bias + w)[None, :].to(tl.float32)).to(h.dtype)
+
+
+@triton.jit
+def _forward(
+    x_ptr, source_ptr, weight_ptr, keep_ptr, y_ptr,
+    qkv_ptr, qkv_bias_ptr, out_ptr, in_ptr, in_bias_ptr, back_ptr, back_bias_ptr,
+    n1_ptr, inverse_1_ptr, kept_ptr, o_ptr, n2_ptr, inverse_2_ptr, u_ptr,
+    N, scale,
+    T: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1).to(tl.int64)
+    source = tl.load(source_ptr + block)
+    first = tl.program_id(0) * M
+    row, d = first + tl.arange(0, M), tl.arange(0, D)
+    inside = (row < N)[:, None]
+    here = row[:, None] * D + d[None, :]
+    own = block * N * D + here
+    if source < 0:
+        tl.store(y_ptr + own, tl.zeros((M, D), y_ptr.dtype.element_ty), mask=inside)
+        return
+    x_base = x_ptr + source * N * D
+    weight = tl.load(weight_ptr + block)
+    qkv_ptr += weight * D * 3 * D
+    qkv_bias_ptr += weight * 3 * D
+    out_ptr += weight * D * D
+    in_ptr += weight * D * F
+    in_bias_ptr += weight * F
+    back_ptr += weight * F * D
+    back_bias_ptr += weight * D
+    kind = qkv_ptr.dtype.element_ty
+    HD: tl.constexpr = D // H
+    keep = tl.load(keep_ptr + block) if KEEP else -1
+    place = keep * N + row
+    held = inside & (keep >= 0)
+    x = tl.load(x_base + here, mask=inside, other=0.0).to(tl.float32)
+    normed, inverse = _normed(x, D)
+    h = normed.to(kind)
+    if KEEP:
+        tl.store(n1_ptr + place[:, None] * D + d[None, :], h, mask=held)
+        tl.store(inverse_1_ptr + place, inverse, mask=(row < N) & (keep >= 0))
+    if T <= M:
+        # All heads at once: one product per projection, one batched product per attention step.
+        q = _project(h, qkv_ptr, qkv_bias_ptr, 0, D, D)
+        k = _project(h, qkv_ptr, qkv_bias_ptr, D, D, D)
+        v = _project(h, qkv_ptr, qkv_bias_ptr, 2 * D, D, D)
+        if KEEP:
+            wide = place[:, None] * (3 * D) + d[None, :]
+            tl.store(kept_ptr + wide, q, mask=held)
+            tl.store(kept_ptr + wide + D, k, mask=held)
+            tl.store(kept_ptr + wide + 2 * D, v, mask=held)
+        q = tl.permute(tl.reshape(q, (M, H, HD)), (1, 0, 2))
+        k = tl.permute(tl.reshape(k, (M, H, HD)), (1, 2, 0))
+        v = tl.permute(tl.reshape(v, (M, H, HD)), (1, 0, 2))
+        seen = (row[:, None] // T == row[None, :] // T) & (row[None, :] <= row[:, None])
+        score = tl.where(seen[None], _dot(q, k) * scale, -1e30)
+        power = tl.exp(score - tl.max(score, 2)[:, :, None])
+        o = _dot(power.to(kind), v) / tl.sum(power, 2)[:, :, None]
+        o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, D)).to(kind)
+        if KEEP:
+            tl.store(o_ptr + place[:, None] * D + d[None, :], o, mask=held)
+        x += _dot(o, tl.load(out_ptr + d[:, None] * D + d[None, :]))
+    else:
+        # A long sequence: earlier rows are normed and projected again, a chunk at a time.
+        hd = tl.arange(0, HD)
+        for i in tl.static_range(H):
+            q = _project(h, qkv_ptr, qkv_bias_ptr, i * HD, D, HD)
+            if KEEP:
+                tl.store(kept_ptr + place[:, None] * (3 * D) + i * HD + hd[None, :], q, mask=held)
+            o = tl.zeros((M, HD), tl.float32)
+            most = tl.full((M,), -1e30, tl.float32)
+            total = tl.zeros((M,), tl.float32)
+            for chunk in range(T // M):
+                base = first // T * T + chunk * M
+                if base <= first:
+                    key = base + tl.arange(0, M)
+                    past = tl.load(x_base + key[:, None] * D + d[None, :]).to(tl.float32)
+                    past, _ = _normed(past, D)
+                    past = past.to(kind)
+                    k = _project(past, qkv_ptr, qkv_bias_ptr, D + i * HD, D, HD)
+                    v = _project(past, qkv_ptr, qkv_bias_ptr, 2 * D + i * HD, D, HD)
+                    if KEEP:
+                        wide = (keep * N + key)[:, None] * (3 * D) + i * HD + hd[None, :]
+                        mine = (key >= first)[:, None] & (keep >= 0)
+                        tl.store(kept_ptr + wide + D, k, mask=mine)
+                        tl.store(kept_ptr + wide + 2 * D, v, mask=mine)
+                    score = _dot(q, tl.trans(k)) * scale
+                    score = tl.where(key[None, :] <= row[:, None], score, -1e30)
+                    larger = tl.maximum(most, tl.max(score, 1))
+                    power = tl.exp(score - larger[:, None])
+                    shrink = tl.exp(most - larger)
+                    total = total * shrink + tl.sum(power, 1)
+                    o = o * shrink[:, None] + _dot(power.to(kind), v)
+                    most = larger
+            o = (o / total[:, None]).to(kind)
+            if KEEP:
+                tl.store(o_ptr + place[:, None] * D + i * HD + hd[None, :], o, mask=held)
+            x += _dot(o, tl.load(out_ptr + (i * HD + hd)[:, None] * D + d[None, :]))
+    normed, inverse = _normed(x, D)
+    h = normed.to(kind)
+    if KEEP:
+        tl.store(n2_ptr + place[:, None] * D + d[None, :], h, mask=held)
+        tl.store(inverse_2_ptr + place, inverse, mask=(row < N) & (keep >= 0))
+    x += tl.load(back_bias_ptr + d)[None, :].to(tl.float32)
+    for column in range(0, F, C):
+        c = column + tl.arange(0, C)
+        u = _dot(h, tl.load(in_ptr + d[:, None] * F + c[None, :]))
+        u += tl.load(in_bias_ptr + c)[None, :].to(tl.float32)
+        if KEEP:
+            tl.store(u_ptr + place[:, None] * F + c[None, :], u.to(kind), mask=held)
+        u = 0.5 * u * (1.0 + tl.erf(u * _ROOT_HALF))
+        x += _dot(u.to(kind), tl.load(back_ptr + c[:, None] * D + d[None, :]))
+    tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attention_backward(
+    qkv_ptr, o_ptr, do_ptr, dqkv_ptr, scale,
+    T: tl.constexpr, D: tl.constexpr, HD: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence."""
+    t, hd = tl.arange(0, T), tl.program_id(0) * HD + tl.arange(0, HD)
+    row = tl.program_id(1).to(tl.int64) * T + t
+    wide = row[:, None] * (3 * D) + hd[None, :]
+    narrow = row[:, None] * D + hd[None, :]
+    q, k = tl.load(qkv_ptr + wide), tl.load(qkv_ptr + wide + D)
+    v, do = tl.load(qkv_ptr + wide + 2 * D), tl.load(do_ptr + narrow)
+    o = tl.load(o_ptr + narrow)
+    score = tl.where(t[None, :] <= t[:, None], _dot(q, tl.trans(k)) * scale, -1e30)
+    power = tl.exp(score - tl.max(score, 1)[:, None])
+    power = power / tl.sum(power, 1)[:, None]
+    along = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    dv = _dot(tl.trans(power.to(v.dtype)), do)
+    dscore = power * (_dot(do, tl.trans(v)) - along[:, None]) * scale
+    dscore = dscore.to(q.dtype)
+    tl.store(dqkv_ptr + wide, _dot(dscore, k).to(q.dtype))
+    tl.store(dqkv_ptr + wide + D, _dot(tl.trans(dscore), q).to(q.dtype))
+    tl.store(dqkv_ptr + wide + 2 * D, dv.to(q.dtype))
+
+
+@triton.jit
+def _norm_backward(
+    grad_ptr, normed_ptr, inverse_ptr, beside_ptr, out_ptr, rows,
+    D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Gradient through a layer norm, plus that of the residual connection around it."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    at, inside = row[:, None] * D + tl.arange(0, D)[None, :], (row < rows)[:, None]
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    normed = tl.load(normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    beside = tl.load(beside_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)
+    along = tl.sum(grad * normed, 1) / D
+    grad = grad - (tl.sum(grad, 1) / D)[:, None] - normed * along[:, None]
+    out = beside + inverse[:, None] * grad
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu_backward(u_ptr, grad_ptr, act_ptr, size, E: tl.constexpr):
+    """Replace the gradient behind a gelu by the one before it, and leave the gelu's value."""
+    at = tl.program_id(0).to(tl.int64) * E + tl.arange(0, E)
+    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    below = 0.5 * (1.0 + tl.erf(u * _ROOT_HALF))
+    grad *= below + u * _DENSITY * tl.exp(-0.5 * u * u)
+    tl.store(act_ptr + at, (u * below).to(act_ptr.dtype.element_ty), mask=at < size)
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=at < size)
+
+
+_ROWS = 64
+"""Tokens that a program of the forward kernel holds. Twice as many are no faster, and some such
+variants were compiled to wrong results (Triton 3.6, H200)."""
+_LONGEST_BACKWARD = 128
+"""The attention gradient holds a sequence's scores on the chip."""
+
+
+def why_not_frozen(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
+    """Say why the forward kernel does not fit these sizes, or None if it does."""
+    if embed not in (64, 128, 256):
+        return f"embed {embed} is not 64, 128 or 256"
+    if embed // heads not in (16, 32, 64, 128):
+        return f"heads are {embed // heads} wide, not 16, 32, 64 or 128"
+    if feed_forward % 64:
+        return f"feed_forward {feed_forward} is no multiple of 64"
+    if time not in (16, 32, 64, 128, 256):
+        return f"windows of {time} tokens are not 16, 32, 64, 128 or 256 long"
+    return None
+
+
+def why_not_trained(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
+    """Say why the kernels do not fit these sizes with gradients, or None if they do."""
+    if time > _LONGEST_BACKWARD:
+        return f"windows of {time} tokens are too long for the backward kernel"
+    return why_not_frozen(embed, feed_forward, heads, time)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass of R blocks needs of their forward pass."""
+
+    normed_1: Tensor
+    """[R, N, d]: input of the attention projections."""
+    inverse_1: Tensor
+    """float32 [R, N]: 1 / standard deviation of the first norm."""
+    qkv: Tensor
+    """[R, N, 3 * d]."""
+    attended: Tensor
+    """[R, N, d]."""
+    normed_2: Tensor
+    """[R, N, d]."""
+    inverse_2: Tensor
+    """float32 [R, N]."""
+    hidden: Tensor
+    """[R, N, f]: before the gelu."""
+
+    @staticmethod
+    def empty(blocks: int, tokens: int, d: int, f: int, like: Tensor) -> Kept:
+        """Make room for R blocks; `like` gives dtype and device."""
+
+        def room(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            return torch.empty(blocks, tokens, *shape, dtype=dtype, device=like.device)
+
+        single = torch.float32
+        first = room(d), room(dtype=single), room(3 * d), room(d)
+        return Kept(*first, room(d), room(dtype=single), room(f))
+
+    def rows(self, start: int, stop: int) -> Kept:
+        """View some of the blocks."""
+        return Kept(*[t[start:stop] for t in vars(self).values()])
+
+
+def run_blocks(
+    folded: Folded,
+    x: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    time: int,
+    heads: int,
+    kept: Kept | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Run S blocks, each on the input and with the weights that it names.
+
+    Args:
+        folded: weights of any number of blocks, contiguous.
+        x: inputs [P, N, d], contiguous.
+        source: int64 [S]: which input each block reads; -1 for a dead one, which gives zeros.
+        weight: int64 [S]: which weights each block has.
+        time: T.
+        heads: attention heads.
+        kept: room for the values that a backward pass needs.
+        keep: int64 [S]: where in `kept` a block's values go; -1 for nowhere.
+
+    Returns:
+        [S, N, d] in the dtype of x.
+    """
+    blocks, (_, tokens, d) = len(source), x.shape
+    y = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
+    _forward[(triton.cdiv(tokens, _ROWS), blocks)](
+        x, source, weight, source if keep is None else keep, y, *folded.tensors(),
+        *([y] * 7 if kept is None else vars(kept).values()),
+        tokens, (d // heads) ** -0.5,
+        T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=64, KEEP=kept is not None,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y
+
+
+def run_backward(
+    folded: Folded, kept: Kept, dy: Tensor, time: int, heads: int
+) -> tuple[Tensor, Folded]:
+    """Gradients of R blocks from those of their outputs.
+
+    Args:
+        folded: the weights of these blocks (the biases are not used).
+        kept: what the forward pass kept.
+        dy: [R, N, d], contiguous.
+        time: T.
+        heads: attention heads.
+
+    Returns:
+        Gradients of the inputs [R, N, d] and of the weights.
+    """
+    blocks, tokens, d = dy.shape
+    rows = blocks * tokens
+
+    def through_norm(grad: Tensor, normed: Tensor, inverse: Tensor, beside: Tensor) -> Tensor:
+        result = torch.empty_like(beside)
+        _norm_backward[(triton.cdiv(rows, 16),)](
+            grad, normed, inverse, beside, result, rows, D=d, R=16
+        )
+        return result
+
+    du, act = torch.bmm(dy, folded.mlp_out.transpose(1, 2)), torch.empty_like(kept.hidden)
+    size = act.numel()
+    _gelu_backward[(triton.cdiv(size, 1024),)](kept.hidden, du, act, size, E=1024)
+    dn = torch.bmm(du, folded.mlp_in.transpose(1, 2))
+    dmid = through_norm(dn, kept.normed_2, kept.inverse_2, dy)
+    do, dqkv = torch.bmm(dmid, folded.out.transpose(1, 2)), torch.empty_like(kept.qkv)
+    _attention_backward[(heads, rows // time)](
+        kept.qkv, kept.attended, do, dqkv, (d // heads) ** -0.5,
+        T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
+    )  # fmt: skip
+    dn = torch.bmm(dqkv, folded.qkv.transpose(1, 2))
+    dx = through_norm(dn, kept.normed_1, kept.inverse_1, dmid)
+    one = torch.ones(1, 1, tokens, dtype=dy.dtype, device=dy.device).expand(blocks, 1, tokens)
+    return dx, Folded(
+        torch.bmm(kept.normed_1.transpose(1, 2), dqkv),
+        torch.bmm(one, dqkv)[:, 0],
+        torch.bmm(kept.attended.transpose(1, 2), dmid),
+        torch.bmm(kept.normed_2.transpose(1, 2), du),
+        torch.bmm(one, du)[:, 0],
+        torch.bmm(act.transpose(1, 2), dy),
+        torch.bmm(one, dy)[:, 0],
+    )
+
+
+class _Trained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, time: int, heads: int, *weights: Tensor) -> Tensor:
+        folded = Folded(*[w.contiguous() for w in weights])
+        blocks, tokens, d = x.shape
+        kept = Kept.empty(blocks, tokens, d, folded.mlp_in.shape[-1], x)
+        own = torch.arange(blocks, device=x.device)
+        y = run_blocks(folded, x, own, own, time, heads, kept, own)
+        ctx.save_for_backward(*vars(kept).values(), *folded.tensors())
+        ctx.sizes = time, heads
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dx, by_weight = run_backward(
+            Folded(*saved[7:]), Kept(*saved[:7]), grads[0].contiguous(), *ctx.sizes
+        )
+        return dx, None, None, *by_weight.tensors()
+
+
+def block_trained(folded: Folded, x: Tensor, time: int, heads: int) -> Tensor:
+    """Run blocks under autograd, each on its own input: [S, N, d] -> [S, N, d].
+
+    Args:
+        folded: the blocks' weights, S of them.
+        x: the inputs.
+        time: T.
+        heads: attention heads.
+    """
+    y: Tensor = _Trained.apply(x.contiguous(), time, heads, *folded.tensors())
+    return y
