@@ -1,0 +1,171 @@
+"""The kernels of the evidence router, against the plain code."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from k1.evidence import UNIT, add_counts, hash_bigrams, history_mask, level_evidence
+from k1.forward import Batch, read_text
+from tests.kernels import DEVICE, ON_GPU, Draw, ragged_levels, repeats_in_a_graph
+from tests.reference import loop_evidence, small_config
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from k1.kernels.evidence import MAX_TIME, add_counts_fused, level_evidence_fused
+
+CONFIG = dataclasses.replace(small_config().evidence, tau=0.3, strength=2.5)
+TABLE = CONFIG.buckets + CONFIG.context_buckets
+WHERE = ["interpreter", pytest.param("gpu", marks=ON_GPU)]
+
+
+@pytest.fixture(scope="module")
+def levels():
+    return ragged_levels()
+
+
+class Case:
+    """Random counts of one level, a view into those of all levels, and a random text."""
+
+    def __init__(self, levels, level, time, windows=2, seed=0):
+        draw = Draw(seed)
+        self.parent, self.child = levels[level : level + 2]
+        self.levels, width, offset = levels, self.child.width, self.child.offset
+        self.lanes = self.child.alive.shape[0]
+        self.counts = (draw.uniform(self.lanes, 24, 3, TABLE) ** 3 * 5 * UNIT).long()
+        self.level_counts = self.counts[:, offset : offset + width]
+        self.tokens = (draw.uniform(self.lanes, windows, time) * 97).long()
+        self.starts = draw.uniform(self.lanes, windows, time) < 0.15
+        self.text = read_text(
+            Batch(self.tokens, self.tokens, self.starts, self.tokens[..., 0]), small_config()
+        )
+
+    def fused(self):
+        return level_evidence_fused(
+            self.level_counts,
+            self.parent,
+            self.child,
+            self.text.bigram,
+            self.text.context,
+            self.starts,
+            CONFIG,
+        )
+
+    def plain(self):
+        return level_evidence(
+            self.level_counts,
+            self.parent,
+            self.child,
+            self.text.bigram,
+            self.text.context,
+            history_mask(self.starts),
+            CONFIG,
+        )
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(("level", "time"), [(0, 2), (0, 128), (1, 16), (2, 8)])
+def test_evidence_equals_the_plain_code(levels, level, time, where):
+    case = Case(levels, level, time)
+    found, expected = case.fused(), case.plain()
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found[case.child.alive].any() and not found[~case.child.alive].any()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_evidence_at_the_longest_window_equals_loops(levels, where):
+    case = Case(levels[:2], 0, MAX_TIME, windows=1)
+    case.starts &= torch.arange(MAX_TIME, device=DEVICE) < 20  # one document of over 200 tokens
+    found = case.fused()
+    for lane in (0, 3):
+        slots = case.parent.children[lane, 0][case.parent.has_child[lane, 0]]
+        tables = (case.level_counts[lane, slots].sum(1).double() / UNIT).tolist()
+        rows = loop_evidence(
+            tables, case.tokens[lane, 0].tolist(), case.starts[lane, 0].tolist(), CONFIG
+        )
+        expected = torch.tensor(rows, device=DEVICE)
+        torch.testing.assert_close(found[lane, slots], expected, rtol=1e-4, atol=1e-4)
+    assert found.abs().max() > 5
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_child_without_a_history_gets_exactly_zero_and_twins_the_same(levels, where):
+    case = Case(levels, 0, 16)
+    parent, lane = case.parent, 3
+    first, second = parent.children[lane, 0][parent.has_child[lane, 0]].tolist()[:2]
+    case.level_counts[lane, first] = 0
+    case.level_counts[1, 1] = case.level_counts[1, 0]
+    found = case.fused()
+    assert not found[lane, first].any() and found[lane, second].any()
+    assert torch.equal(found[1, 0], found[1, 1]) and not torch.equal(found[1, 0], found[1, 2])
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_the_first_token_of_a_document_says_nothing(levels, where):
+    case = Case(levels, 0, 16)
+    first = case.starts | (torch.arange(16, device=DEVICE) == 0)
+    found = case.fused()[:, 0].view(case.lanes, 2, 16)
+    assert case.starts.any() and not found[first].any()
+
+
+def shares(case, picked=3):
+    """Slots and shares [L, P, N] in which the last slot is the scratch slot, with share 0."""
+    draw, tokens = Draw(5), case.tokens[0].numel()
+    slots = torch.stack([torch.randperm(23, generator=draw.generator) for _ in range(case.lanes)])
+    slots = slots[:, :picked].to(DEVICE)
+    share = draw.uniform(case.lanes, picked, tokens)
+    share[:, 0] = (share[:, 0] * 2 * UNIT).floor() / 2 / UNIT  # many halfway between two integers
+    slots[1, 1:] = 23
+    share[1, 1:] = 0
+    share[0, 0, :5] = 0
+    return slots, share
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("windows", [2, 20])
+def test_counts_equal_the_plain_code(levels, windows, where):
+    case = Case(levels, 0, 16, windows)
+    slots, share = shares(case)
+    args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+    expected, found, before = case.counts.clone(), case.counts.clone(), case.counts
+    add_counts(expected, slots, share, *args)
+    add_counts_fused(found, slots, share, *args)
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+    assert torch.equal(found[:, -1], before[:, -1])
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_counts_go_into_a_view_with_strides(levels, where):
+    case = Case(levels, 0, 16)
+    slots, share = shares(case)
+    args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+    wide = torch.zeros(case.lanes, 30, 3, TABLE, dtype=torch.int64, device=DEVICE)
+    add_counts_fused(wide[:, 2:26], slots, share[..., :1].expand_as(share), *args)
+    expected = torch.zeros_like(wide)
+    view = expected[:, 2:26].clone()
+    add_counts(view, slots, share[..., :1].expand_as(share), *args)
+    expected[:, 2:26] = view
+    assert torch.equal(wide, expected) and wide.any()
+
+
+class TestOnGpu:
+    pytestmark = ON_GPU
+
+    def test_in_a_graph_the_bits_are_the_same(self, levels):
+        case = Case(levels, 1, 64, windows=9)
+        slots, share = shares(case)
+        args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+
+        def both():
+            counts = torch.zeros_like(case.counts)
+            add_counts_fused(counts, slots, share, *args)
+            return [case.fused(), counts]
+
+        assert repeats_in_a_graph(both)
+
+    def test_with_the_default_settings(self, levels):
+        case = Case(levels, 1, 64, windows=33)
+        bigram, context = hash_bigrams(case.tokens, CONFIG)
+        torch.testing.assert_close(case.fused(), case.plain(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(bigram, case.text.bigram) and torch.equal(context, case.text.context)
