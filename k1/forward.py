@@ -21,6 +21,7 @@ from torch import Tensor
 from k1.block import Layout, block_forward, child_logits
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
+from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.mixing import Routing, mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
 
@@ -121,21 +122,29 @@ def embed(pieces: dict[str, Tensor], inputs: Tensor) -> Tensor:
     return x + pieces["position"][:, None, : inputs.shape[-1]]
 
 
+def _head(pieces: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed hidden values, and a head and a bias that hold the gain and shift of that norm.
+
+    `(n(x) * gain + shift) @ head = n(x) @ (gain[:, None] * head) + shift @ head`: hidden values
+    [L, N, d] -> [L, N, d], float32 [L, d, V], float32 [L, V].
+    """
+    gain, shift, head = pieces["norm.weight"], pieces["norm.bias"], pieces["head"]
+    bias = torch.bmm(shift[:, None], head)[:, 0]
+    return F.layer_norm(hidden, (hidden.shape[-1],)), gain[..., None] * head, bias
+
+
 def token_losses(pieces: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of every token: hidden [L, N, d], targets [L, B, T] -> [L, N]."""
-    d = hidden.shape[-1]
-    h = F.layer_norm(hidden, (d,)) * pieces["norm.weight"][:, None].to(hidden.dtype)
-    h = h + pieces["norm.bias"][:, None].to(hidden.dtype)
-    logits = torch.bmm(h, pieces["head"].to(hidden.dtype)).float()
-    flat = F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none")
-    return flat.view(targets.shape[0], -1)
+    """Cross-entropy in nats of every token: hidden [L, N, d], targets [L, B, T] -> [L, N].
+
+    Without a gradient; `lane_loss` has one.
+    """
+    return token_cross_entropy(*_head(pieces, hidden), targets.flatten(1))
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
     """Next-token logits [L, N, vocabulary] of mixed root values [L, N, d]."""
-    pieces = weights.shared_layout.unpack(weights.shared)
-    h = F.layer_norm(hidden, (hidden.shape[-1],)) * pieces["norm.weight"][:, None]
-    return torch.bmm(h + pieces["norm.bias"][:, None], pieces["head"])
+    h, head, bias = _head(weights.shared_layout.unpack(weights.shared), hidden)
+    return torch.baddbmm(bias[:, None], h, head)
 
 
 def run_level(weights: Weights, level: int, x: Tensor, heads: int) -> tuple[dict, Tensor]:
@@ -203,4 +212,4 @@ def _dtype(config: Config) -> torch.dtype:
 def lane_loss(weights: Weights, hidden: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy per lane in nats per token [L]."""
     pieces = weights.shared_layout.unpack(weights.shared)
-    return token_losses(pieces, hidden, batch.targets).mean(dim=1)
+    return mean_cross_entropy(*_head(pieces, hidden), batch.targets.flatten(1))

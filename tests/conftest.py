@@ -1,6 +1,6 @@
 """A small text of three synthetic domains, and trainers on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from k1.config import Config
 from k1.data import TextData, load_data
 from k1.trainer import Trainer
+from tests.kernel_harness import Interpreter
 from tests.reference import small_config
 
 torch.set_num_threads(1)
@@ -62,3 +63,11 @@ def make(data: TextData) -> Callable[..., Trainer]:
         return Trainer(config, data, seed=seed, lanes=lanes)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreter]:
+    """Run a check of Triton kernels in their interpreter: `interpreted(check, *args)`."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()

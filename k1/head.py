@@ -1,0 +1,193 @@
+"""Linear cross-entropy in chunks: the logits of a whole batch never exist at once.
+
+A chunk is some lanes, or a part of the tokens of one lane. Its logits are turned into their own
+gradient in place, which goes into the gradients of hidden values, head and bias at once; all that
+the backward pass has left to do is to multiply them by what comes in. How a lane's tokens are cut
+depends on their number and on the vocabulary, never on the other lanes.
+
+Shapes: L lanes, N tokens of a lane, n tokens of a chunk, d = embed, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# A chunk's logits are read several times after they are written: on CUDA they should still be in
+# the cache then. On a CPU the overhead of small operations weighs more than a miss.
+_CHUNK_BYTES = {"cuda": 32 * 2**20, "cpu": 8 * 2**20}
+
+
+def mean_cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Mean over tokens of the cross-entropy of `hidden @ head + bias`, in nats, of each lane.
+
+    Differentiable once, by all but the targets. Targets are not checked.
+
+    Args:
+        hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
+        head: [L, d, V], float32 or of the dtype of `hidden`.
+        bias: float32 [L, V].
+        targets: int64 [L, N], from 0 to V - 1.
+
+    Returns:
+        float32 [L] (float64 for float64 arithmetic).
+    """
+    if torch.is_grad_enabled():
+        loss: Tensor = _MeanCrossEntropy.apply(hidden, head, bias, targets)
+        return loss
+    return token_cross_entropy(hidden, head, bias, targets).mean(1)
+
+
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of every token, without a gradient.
+
+    Args:
+        hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
+        head: [L, d, V], float32 or of the dtype of `hidden`.
+        bias: float32 [L, V].
+        targets: int64 [L, N], from 0 to V - 1.
+
+    Returns:
+        float32 [L, N] (float64 for float64 arithmetic).
+    """
+    losses = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
+    head = head.to(hidden.dtype)
+    for lanes, tokens in _chunks(hidden, head.shape[2]):
+        _losses(
+            _cut(hidden, lanes, tokens),
+            _cut(head, lanes),
+            _cut(bias, lanes),
+            _cut(targets, lanes, tokens),
+            _cut(losses, lanes, tokens),
+            gradient=False,
+        )
+    return losses
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Losses and, in the same pass, the gradients of their sum that will be wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        wide = _wide(hidden.dtype)
+        weight = head.to(hidden.dtype)
+        losses = hidden.new_empty(targets.shape, dtype=wide)
+        for_hidden, for_head, for_bias, _ = ctx.needs_input_grad
+        d_hidden = hidden.new_empty(hidden.shape) if for_hidden else None
+        d_head = head.new_empty(head.shape, dtype=wide) if for_head else None
+        d_bias = bias.new_empty(bias.shape) if for_bias else None
+        gradient = any(ctx.needs_input_grad)
+        for lanes, tokens in _chunks(hidden, head.shape[2]):
+            part, own = _cut(hidden, lanes, tokens), _cut(weight, lanes)
+            d_logits = _losses(
+                part,
+                own,
+                _cut(bias, lanes),
+                _cut(targets, lanes, tokens),
+                _cut(losses, lanes, tokens),
+                gradient,
+            )
+            first = tokens.start == 0
+            if d_hidden is not None:
+                torch.bmm(d_logits, own.transpose(1, 2), out=_cut(d_hidden, lanes, tokens))
+            if d_head is not None:
+                _product(_cut(d_head, lanes), part.transpose(1, 2), d_logits, add=not first)
+            if d_bias is not None and first:
+                torch.sum(d_logits, 1, dtype=d_bias.dtype, out=_cut(d_bias, lanes))
+            elif d_bias is not None:
+                _cut(d_bias, lanes).add_(d_logits.sum(1, dtype=d_bias.dtype))
+        ctx.save_for_backward(d_hidden, d_head, d_bias)
+        ctx.tokens, ctx.head_dtype = targets.shape[1], head.dtype
+        return losses.mean(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        each = (grad / ctx.tokens)[:, None]
+        d_hidden, d_head, d_bias = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * each[..., None].to(d_hidden.dtype)
+        if d_head is not None:
+            d_head = (d_head * each[..., None]).to(ctx.head_dtype)
+        if d_bias is not None:
+            d_bias = d_bias * each
+        return d_hidden, d_head, d_bias, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of losses and sums: float32, or wider if the arithmetic is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunks(hidden: Tensor, vocab: int) -> list[tuple[slice, slice]]:
+    """Cut lanes and tokens into chunks whose logits take `_CHUNK_BYTES` at most.
+
+    Whole lanes together where at least one fits, else one lane at a time in equal parts.
+    """
+    lanes, tokens, _ = hidden.shape
+    limit = max(1, _CHUNK_BYTES[hidden.device.type] // (vocab * hidden.element_size()))
+    size = math.ceil(tokens / math.ceil(tokens / limit))
+    together = max(1, limit // tokens)
+    return [
+        (slice(lane, min(lanes, lane + together)), slice(token, min(tokens, token + size)))
+        for lane in range(0, lanes, together)
+        for token in range(0, tokens, size)
+    ]
+
+
+def _cut(tensor: Tensor, lanes: slice, tokens: slice | None = None) -> Tensor:
+    """View some lanes, and some of their tokens; the tensor itself if that is all of it."""
+    if lanes.stop - lanes.start < tensor.shape[0]:
+        tensor = tensor[lanes]
+    if tokens is not None and tokens.stop - tokens.start < tensor.shape[1]:
+        tensor = tensor[:, tokens]
+    return tensor
+
+
+def _losses(
+    hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor, losses: Tensor, gradient: bool
+) -> Tensor:
+    """Write the losses of a chunk and return the gradient of their sum by its logits.
+
+    Args:
+        hidden: [lanes, n, d].
+        head: [lanes, d, V], of the dtype of `hidden`.
+        bias: float32 [lanes, V].
+        targets: int64 [lanes, n].
+        losses: [lanes, n]; written.
+        gradient: whether the gradient is wanted; without, what is returned means nothing.
+
+    Returns:
+        [lanes, n, V] of the dtype of `hidden`.
+    """
+    if hidden.is_cuda:
+        from k1.kernels.softmax import cross_entropy_rows
+
+        logits = torch.bmm(hidden, head)
+        cross_entropy_rows(logits, bias.contiguous(), targets.contiguous(), losses, gradient)
+        return logits
+    index = targets[..., None]
+    logits = torch.baddbmm(bias[:, None].to(hidden.dtype), hidden, head).to(losses.dtype)
+    picked = logits.gather(2, index)
+    highest = logits.amax(2, keepdim=True)
+    # Torch's exponential is slow on a CPU beside its softmax, so the normaliser is had from that:
+    # the largest probability is at least 1 / V, so its logarithm is exact enough.
+    torch.softmax(logits, 2, out=logits)
+    normaliser = highest - logits.amax(2, keepdim=True).log_()
+    torch.sub(normaliser, picked, out=losses[..., None])
+    if gradient:
+        logits.scatter_(2, index, -1.0, reduce="add")
+    return logits.to(hidden.dtype)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Write a batched product to `out`, or add it, summing in the dtype of `out`."""
+    if out.is_cuda and out.dtype != left.dtype:
+        torch.baddbmm(out, left, right, out_dtype=out.dtype, beta=int(add), out=out)
+    else:
+        torch.baddbmm(out, left.to(out.dtype), right.to(out.dtype), beta=int(add), out=out)
