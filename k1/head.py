@@ -173,6 +173,9 @@ def _losses(
         return logits
     index = targets[..., None]
     logits = torch.baddbmm(bias[:, None].to(hidden.dtype), hidden, head).to(losses.dtype)
+    if not gradient:
+        torch.neg(torch.log_softmax(logits, 2).gather(2, index), out=losses[..., None])
+        return logits
     picked = logits.gather(2, index)
     highest = logits.amax(2, keepdim=True)
     # Torch's exponential is slow on a CPU beside its softmax, so the normaliser is had from that:
@@ -180,9 +183,7 @@ def _losses(
     torch.softmax(logits, 2, out=logits)
     normaliser = highest - logits.amax(2, keepdim=True).log_()
     torch.sub(normaliser, picked, out=losses[..., None])
-    if gradient:
-        logits.scatter_(2, index, -1.0, reduce="add")
-    return logits.to(hidden.dtype)
+    return logits.scatter_(2, index, -1.0, reduce="add").to(hidden.dtype)
 
 
 def _product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:

@@ -99,8 +99,9 @@ def test_large_and_hopeless_losses_are_exact():
     hidden = torch.ones(1, 2, 1)
     head = torch.tensor([[[0.0, 300.0, 20.0]]])
     targets = torch.tensor([[0, 1]])
-    found = token_cross_entropy(hidden, head, torch.zeros(1, 3), targets)
-    assert found.tolist() == [[300.0, 0.0]]
+    values = (hidden, head, torch.zeros(1, 3), targets)
+    assert token_cross_entropy(*values).tolist() == [[300.0, 0.0]]
+    assert derive(mean_cross_entropy, values, torch.float32)[0].tolist() == [150.0]
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
