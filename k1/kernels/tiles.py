@@ -30,13 +30,13 @@ def tile_sizes(tokens: int, embed: int, ranks: int) -> dict[str, int]:
 
 @triton.jit
 def sibling_weights(logits: tl.tensor, exists: tl.tensor) -> tl.tensor:
-    """Softmax over axis 1 of [tokens, ranks] where a child exists [1, ranks]; else zero."""
+    """Softmax over axis 1 of [tokens, ranks] where a child exists [1, ranks].
+
+    Without any child it is uniform over nothing: the callers read it at existing children only.
+    """
     logits = tl.where(exists, logits, -3.0e38)
-    top = tl.max(logits, axis=1)
-    odds = tl.where(exists, tl.exp(logits - top[:, None]), 0.0)
-    total = tl.sum(odds, axis=1)
-    # A leaf has no odds at all. (A NaN differs from zero and stays.)
-    return odds / tl.where(total == 0.0, 1.0, total)[:, None]
+    odds = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return odds / tl.sum(odds, axis=1)[:, None]
 
 
 @triton.jit
