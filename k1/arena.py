@@ -18,9 +18,9 @@ from k1.attribution import NEVER, Looks
 from k1.block import block_layout, initial_rows, shared_layout
 from k1.config import Config
 from k1.errors import CheckpointError
-from k1.forward import RouterState, Weights
+from k1.forward import Forest, RouterState, Weights
 from k1.rng import derive_seed
-from k1.topology import LevelIndex, Topology, index_levels
+from k1.topology import Extent, LevelIndex, Topology, index_levels
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Arena:
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
+        self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
         self._looks: dict[tuple[int, int], Looks] = {}
+        self._looks_room: dict[tuple[int, int, int], Looks] = {}
         s, p, q = self.scratch + 1, self.block_layout.total, self.shared_layout.total
         ev = config.evidence
         table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
@@ -149,8 +151,11 @@ class Arena:
                 parents = {block.parent for block in blocks}
                 shallowest = min(b.level for b in blocks if b.slot not in parents)
                 counts.append(max(1, self.host_top_k[lane] - shallowest + 1))
-            by_lane = torch.tensor(counts, device=self.device)
-            self._looks[start, stop] = Looks(by_lane, max(counts))
+            new = Looks(torch.tensor(counts, device=self.device), max(counts))
+            held = self._looks_room.setdefault((start, stop, new.most), new)
+            if held is not new:
+                held.by_lane.copy_(new.by_lane)
+            self._looks[start, stop] = held
         return self._looks[start, stop]
 
     def set_tree(self, lane: int, tree: Topology) -> None:
@@ -173,15 +178,42 @@ class Arena:
     def index(self, start: int, stop: int) -> list[LevelIndex]:
         """Return the level index of lanes start..stop."""
         if (start, stop) not in self._index:
-            self._index[start, stop] = index_levels(self.trees[start:stop], self.device)
+            trees = self.trees[start:stop]
+            if self.device.type == "cpu":
+                levels = index_levels(trees, self.device)
+            else:
+                levels = self._index_in_place(start, stop, trees)
+            self._index[start, stop] = levels
         return self._index[start, stop]
 
+    def _index_in_place(self, start: int, stop: int, trees: list[Topology]) -> list[LevelIndex]:
+        """Index trees in the room that earlier trees of the same extent had.
+
+        A CUDA graph keeps addresses, so one that was recorded for a tree serves the next one too.
+        """
+        extent = Extent.of(trees).rounded_up(self.config.model.branching, trees)
+        levels = index_levels(trees, self.device, extent)
+        held = self._room.setdefault((start, stop, extent), levels)
+        for old, new in zip(held, levels, strict=True):
+            if old is not new:
+                old.copy_(new)
+        return held
+
+    def forest(self, start: int, stop: int) -> Forest:
+        """View lanes start..stop, with all that a pass through their trees needs."""
+        return Forest(
+            self["weight"][start:stop],
+            self["shared"][start:stop],
+            self.block_layout,
+            self.shared_layout,
+            self.index(start, stop),
+            self.router(start, stop),
+            self.config,
+        )
+
     def weights(self, start: int, stop: int) -> Weights:
-        """View the parameters of lanes start..stop, cut to the living width of each level."""
-        rows = self["weight"][start:stop]
-        levels = [rows[:, i.offset : i.offset + i.width] for i in self.index(start, stop)]
-        shared = self["shared"][start:stop]
-        return Weights(levels, shared, self.block_layout, self.shared_layout)
+        """View the parameters of lanes start..stop, cut to the width of each level in use."""
+        return self.forest(start, stop).weights()
 
     def router(self, start: int, stop: int) -> RouterState:
         """View what routing needs of lanes start..stop."""

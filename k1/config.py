@@ -81,6 +81,8 @@ class UpdateConfig:
     """Share of the batch that attribution is done on in sparse mode."""
     attribution_every: int = 4
     """Steps between attributions in sparse mode."""
+    inner_steps: int = 1
+    """Updates that a culprit makes on each batch in sparse mode; all else makes one."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Config:
         _check("update.mode", u.mode in ("dense", "exact", "sparse"), u.mode)
         _check("update.probe_fraction", 0 < u.probe_fraction <= 1, u.probe_fraction)
         _check("update.attribution_every", u.attribution_every >= 1, u.attribution_every)
+        _check("update.inner_steps", u.inner_steps >= 1, u.inner_steps)
         _check("update.scales", len(u.scales) >= 1 and u.scales[0] > 0, u.scales)
         _check("train.batch", t.batch >= 1, t.batch)
         _check("train.eval_windows", t.eval_windows >= 1, t.eval_windows)

@@ -8,19 +8,37 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from k1.arena import Arena
 from k1.attribution import Selection, SelectionRules, responsibilities, select_paths
+from k1.backend import choose_backend
 from k1.evidence import add_counts, rotate
-from k1.forward import LN2, Activations, Batch, Text, forward, lane_loss, read_text, token_losses
+from k1.forward import (
+    LN2,
+    Activations,
+    Batch,
+    Forest,
+    Text,
+    forward,
+    lane_loss,
+    read_text,
+    token_losses,
+)
+from k1.graphs import StepGraphs
 from k1.optimizer import Rows, adamw, clip_factor
-from k1.path import PathIndex, index_paths, path_loss
+from k1.path import PathIndex, PathPass, as_leaf, index_paths
 from k1.rng import STREAM_EXPLORE, random_uniform
 from k1.sampling import TokenStore
 
+if TYPE_CHECKING:
+    from k1.kernels.tree import FusedPathPass
+
+_ROWS = ("weight", "first", "second", "count")
+_SHARED_ROWS = ("shared", "shared_first", "shared_second", "shared_count")
 _MEMORY = 0.95
 """Decay of the running means of loss and responsibility."""
 
@@ -39,18 +57,31 @@ class StepResult:
 class Engine:
     """Trains and evaluates ranges of lanes of an arena."""
 
-    def __init__(self, arena: Arena, store: TokenStore, lane_chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        store: TokenStore,
+        lane_chunk: int | None = None,
+        *,
+        fused: bool | None = None,
+        graph: bool | None = None,
+    ) -> None:
         """Bind an arena to its text.
 
         Args:
             arena: the lanes.
             store: the text, on the arena's device.
             lane_chunk: lanes per pass: all on a GPU; few on a CPU, whose cache they should fit.
+            fused: whether kernels run the blocks; by default where they fit.
+            graph: whether steps are recorded as CUDA graphs; by default on CUDA.
         """
         self.arena = arena
         self.store = store
         self.mode = arena.config.update.mode
-        self.chunk = lane_chunk or (arena.lanes if arena.device.type == "cuda" else 2)
+        on_gpu = arena.device.type == "cuda"
+        self.chunk = lane_chunk or (arena.lanes if on_gpu else 2)
+        self.backend = choose_backend(arena.config, arena.device, fused)
+        self.graphs = StepGraphs() if (on_gpu if graph is None else graph) else None
 
     def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
         """Do work on lanes start..stop, chunk by chunk.
@@ -93,20 +124,46 @@ class Engine:
 
         self._each_chunk(start, stop, work)
 
-    @torch.enable_grad()
     def step(self, start: int, stop: int, batch: Batch | None = None) -> StepResult:
-        """Make one training step in lanes start..stop, on the next batch of their streams."""
+        """Make one training step in lanes start..stop.
+
+        Args:
+            start: first lane.
+            stop: one past the last lane.
+            batch: the windows; by default the next ones of the lanes' streams.
+
+        Returns:
+            What the step did, valid until the next step.
+        """
         a, config = self.arena, self.arena.config
-        lanes = slice(start, stop)
         for lane in range(start, stop):
             if a.host_step[lane] and a.host_step[lane] % config.evidence.window == 0:
                 rotate(a["evidence"][lane])
+        every = config.update.attribution_every
+        due = any(a.host_step[lane] % every == 0 for lane in range(start, stop))
+        work = partial(self._step, start, stop, due, batch)
+        if self.graphs is None or batch is not None:
+            result = work()
+        else:
+            shape = tuple((i.width, i.children.shape[-1]) for i in a.index(start, stop))
+            result = self.graphs.run((start, stop, due, shape, a.looks(start, stop).most), work)
+        for lane in range(start, stop):
+            a.host_step[lane] += 1
+        return result
+
+    @torch.enable_grad()
+    def _step(self, start: int, stop: int, due: bool, batch: Batch | None) -> StepResult:
+        """Do a step on the device, without waiting for it."""
+        a, lanes = self.arena, slice(start, stop)
         if batch is None:
             seed, cursor = a["data_seed"][lanes], a["data_cursor"][lanes]
-            batch = self.store.sample("train", seed, cursor, a["mix"][lanes], config.train.batch)
-        text = read_text(batch, config)
-        run = self._sparse if self.mode == "sparse" else self._full
-        result = run(start, stop, batch, text)
+            windows = a.config.train.batch
+            batch = self.store.sample("train", seed, cursor, a["mix"][lanes], windows)
+        text = read_text(batch, a.config)
+        if self.mode == "sparse":
+            result = self._sparse(start, stop, batch, text, due)
+        else:
+            result = self._full(start, stop, batch, text)
         self._book_keeping(start, stop, result)
         return result
 
@@ -120,11 +177,13 @@ class Engine:
         weights = a.weights(start, stop)
         weights = replace(
             weights,
-            levels=[_leaf(w) for w in weights.levels],
-            shared=_leaf(weights.shared),
+            levels=[as_leaf(w) for w in weights.levels],
+            shared=as_leaf(weights.shared),
         )
-        levels = a.index(start, stop)
-        done = forward(weights, a.router(start, stop), levels, batch, text, a.config)
+        levels, router = a.index(start, stop), a.router(start, stop)
+        # The exact mode is the reference, and counts by shares that the kernels leave out.
+        fused = self.backend.trained and self.mode != "exact"
+        done = forward(weights, router, levels, batch, text, a.config, fused)
         loss = lane_loss(weights, done.output, batch)
         grads = torch.autograd.grad(
             loss.sum(), [*weights.levels, weights.shared], allow_unused=True, materialize_grads=True
@@ -137,7 +196,7 @@ class Engine:
         levels = a.index(start, stop)
         loss, grads, shared_grad, done = self.gradients(start, stop, batch, text)
         measured = responsibilities(grads, levels, a.scratch + 1)
-        self._remember(start, stop, measured, None)
+        self._remember(start, stop, measured)
         if self.mode == "dense":
             alive = torch.zeros_like(measured, dtype=torch.bool)
             for index in levels:
@@ -150,88 +209,82 @@ class Engine:
         factor, fine = self._clip(start, stop, squares, shared_grad)
         for index, grad in zip(levels, grads, strict=True):
             cut = slice(index.offset, index.offset + index.width)
-            self._update(
-                start, stop, cut, grad * factor[:, None, None], selection.scale[:, cut], fine
-            )
-        self._update_shared(start, stop, shared_grad * factor[:, None], fine)
+            self._update(start, stop, cut, grad, selection.scale[:, cut], factor, fine)
+        self._update_shared(start, stop, shared_grad, factor, fine)
         if config.model.router == "evidence" and self.mode != "dense":
-            limit = max(a.host_top_k[start:stop]) + len(levels)
-            paths = index_paths(selection.on_path, levels, limit, a.scratch)
+            most = a.looks(start, stop).most
+            paths = index_paths(selection.on_path, levels, most, a.scratch)
             self._count(start, stop, paths, selection, done, text, fine)
         return StepResult(loss, selection, ~fine)
 
-    def _sparse(self, start: int, stop: int, batch: Batch, text: Text) -> StepResult:
+    def _sparse(self, start: int, stop: int, batch: Batch, text: Text, due: bool) -> StepResult:
         """Attribution on a probe now and then; gradients for the chosen paths only."""
         a, config = self.arena, self.arena.config
-        levels = a.index(start, stop)
-        every = config.update.attribution_every
-        due = [a.host_step[lane] % every == 0 for lane in range(start, stop)]
-        if any(due):
+        if due:
             probe = batch.head(max(1, round(batch.inputs.shape[1] * config.update.probe_fraction)))
             _, grads, _, _ = self.gradients(start, stop, probe, read_text(probe, config))
-            measured = responsibilities(grads, levels, a.scratch + 1)
-            self._remember(start, stop, measured, None if all(due) else due)
+            measured = responsibilities(grads, a.index(start, stop), a.scratch + 1)
+            every = config.update.attribution_every
+            self._remember(start, stop, measured, a["step"][start:stop] % every == 0)
         selection = self._select(start, stop, a["responsibility"][start:stop])
         return self.path_step(start, stop, batch, text, selection)
 
-    def path_gradients(
+    def path_pass(
         self, start: int, stop: int, batch: Batch, text: Text, selection: Selection
-    ) -> tuple[Tensor, list[Tensor], Tensor, list[PathIndex], Activations]:
-        """Run everything forward and the selected paths backward.
-
-        Returns:
-            Loss [L], gradients [L, R, P] of each level's path blocks, the shared gradient [L, Q],
-            the paths, and the frozen activations.
-        """
+    ) -> PathPass | FusedPathPass:
+        """Run everything forward; the result has the gradients of the selected paths."""
         a = self.arena
-        levels = a.index(start, stop)
-        with torch.no_grad():
-            weights = a.weights(start, stop)
-            frozen = forward(weights, a.router(start, stop), levels, batch, text, a.config)
-        limit = max(a.host_top_k[start:stop]) + len(levels)
-        paths = index_paths(selection.on_path, levels, limit, a.scratch)
-        lane = torch.arange(start, stop, device=a.device)[:, None]
-        rows = [a["weight"][lane, path.slot].requires_grad_() for path in paths]
-        shared = _leaf(a["shared"][start:stop])
-        loss = path_loss(
-            rows, replace(weights, shared=shared), frozen, paths, levels, batch, a.config
-        )
-        grads = torch.autograd.grad(
-            loss.sum(), [*rows, shared], allow_unused=True, materialize_grads=True
-        )
-        return loss.detach(), list(grads[:-1]), grads[-1], paths, frozen
+        forest, most = a.forest(start, stop), a.looks(start, stop).most
+        paths = index_paths(selection.on_path, forest.levels, most, a.scratch)
+        if self.backend.trained:
+            from k1.kernels.tree import FusedPathPass
+
+            return FusedPathPass(forest, batch, text, paths)
+        return PathPass(forest, batch, text, paths)
 
     def path_step(
         self, start: int, stop: int, batch: Batch, text: Text, selection: Selection
     ) -> StepResult:
-        """Update the selected paths from their own gradients."""
-        a = self.arena
-        loss, grads, shared_grad, paths, frozen = self.path_gradients(
-            start, stop, batch, text, selection
-        )
-        slots = torch.cat([path.slot for path in paths], dim=1)
-        grad = torch.cat(grads, dim=1)
-        scale = selection.scale.gather(1, slots) * torch.cat([p.valid for p in paths], dim=1)
-        norms = torch.linalg.vector_norm(grad, dim=-1)
-        squares = torch.where(scale > 0, norms, 0.0).square().sum(1)
-        factor, fine = self._clip(start, stop, squares, shared_grad)
-        self._update(start, stop, slots, grad * factor[:, None, None], scale, fine)
-        self._update_shared(start, stop, shared_grad * factor[:, None], fine)
-        if a.config.model.router == "evidence":
-            self._count(start, stop, paths, selection, frozen, text, fine)
-        return StepResult(loss, selection, ~fine)
+        """Update the selected paths from their own gradients.
+
+        With `inner_steps`, the culprits move several times on the batch, and all else with the last
+        of these. That is exact for the culprits: nothing but the mixing depends on a leaf.
+        """
+        config = self.arena.config
+        done = self.path_pass(start, stop, batch, text, selection)
+        slots = torch.cat([path.slot for path in done.paths], dim=1)
+        valid = torch.cat([path.valid for path in done.paths], dim=1)
+        scale = selection.scale.gather(1, slots) * valid
+        leaf = (slots[..., None] == selection.culprits[:, None]).any(-1)
+        loss = all_fine = None
+        for turn in range(config.update.inner_steps):
+            last = turn == config.update.inner_steps - 1
+            now, grads, shared_grad = done.gradients()
+            moving = scale if last else torch.where(leaf, scale, 0.0)
+            grad = torch.cat(grads, dim=1)
+            norms = torch.linalg.vector_norm(grad, dim=-1)
+            squares = torch.where(moving > 0, norms, 0.0).square().sum(1)
+            factor, fine = self._clip(start, stop, squares, shared_grad if last else None)
+            self._update(start, stop, slots, grad, moving, factor, fine)
+            if last:
+                self._update_shared(start, stop, shared_grad, factor, fine)
+            loss = now if loss is None else loss
+            all_fine = fine if all_fine is None else all_fine & fine
+        assert loss is not None and all_fine is not None
+        if config.model.router == "evidence":
+            self._count(start, stop, done.paths, selection, done.values, text, all_fine)
+        return StepResult(loss, selection, ~all_fine)
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _remember(self, start: int, stop: int, measured: Tensor, due: list[bool] | None) -> None:
-        """Store responsibilities (of the lanes that are due)."""
+    def _remember(self, start: int, stop: int, measured: Tensor, due: Tensor | None = None) -> None:
+        """Store responsibilities (of the lanes that are due, bool [L])."""
         a = self.arena
         last, mean = a["responsibility"][start:stop], a["mean_responsibility"][start:stop]
         running = torch.where(mean == 0, measured, mean * _MEMORY + measured * (1 - _MEMORY))
         if due is not None:
-            on = torch.tensor(due, device=a.device)[:, None]
-            measured = torch.where(on, measured, last)
-            running = torch.where(on, running, mean)
+            measured = torch.where(due[:, None], measured, last)
+            running = torch.where(due[:, None], running, mean)
         finite = torch.isfinite(measured).all(1, keepdim=True)
         a["responsibility"][start:stop] = torch.where(finite, measured, last)
         a["mean_responsibility"][start:stop] = torch.where(finite, running, mean)
@@ -255,10 +308,10 @@ class Engine:
         return select_paths(measured, last, step, uniform, levels, rules, looks)
 
     def _clip(
-        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
+        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Clip factor [L] and whether all gradients that matter are finite [L]."""
-        if self.arena.config.update.shared_scale > 0:
+        if shared_grad is not None and self.arena.config.update.shared_scale > 0:
             squares = squares + shared_grad.square().sum(1)
         return clip_factor(squares, self.arena.config.optimizer.clip), torch.isfinite(squares)
 
@@ -275,28 +328,48 @@ class Engine:
         where: slice | Tensor,
         grad: Tensor,
         scale: Tensor,
+        factor: Tensor,
         fine: Tensor,
     ) -> None:
         """Make the optimizer step of some slots: a slice of them, or int64 [L, R]."""
-        a, names = self.arena, ("weight", "first", "second", "count")
+        a = self.arena
         on = (scale > 0) & fine[:, None]
         rate = self._rate(start, stop)[:, None] * scale
+        if self.backend.frozen:
+            from k1.kernels.adamw import adamw_rows
+
+            if isinstance(where, slice):
+                slots = torch.arange(where.start, where.stop, device=a.device)
+                where = slots.expand(stop - start, -1)
+            weight, first, second, count = (a[name][start:stop] for name in _ROWS)
+            adamw_rows(
+                weight, first, second, count, where, grad, rate, on, factor, a.config.optimizer
+            )
+            return
         if isinstance(where, slice):
             target: tuple = (slice(start, stop), where)
         else:
             target = (torch.arange(start, stop, device=a.device)[:, None], where)
-        rows = Rows(*(a[name][target] for name in names))
-        new = adamw(rows, grad, rate, on, a.config.optimizer)
-        for name, value in zip(names, (new.weight, new.first, new.second, new.count), strict=True):
+        old = Rows(*(a[name][target] for name in _ROWS))
+        new = adamw(old, grad * factor[:, None, None], rate, on, a.config.optimizer)
+        for name, value in zip(_ROWS, vars(new).values(), strict=True):
             a[name][target] = value
 
-    def _update_shared(self, start: int, stop: int, grad: Tensor, fine: Tensor) -> None:
+    def _update_shared(
+        self, start: int, stop: int, grad: Tensor, factor: Tensor, fine: Tensor
+    ) -> None:
         a, scale = self.arena, self.arena.config.update.shared_scale
-        names = ("shared", "shared_first", "shared_second", "shared_count")
-        rows = Rows(*(a[name][start:stop] for name in names))
         on = fine & (scale > 0)
-        new = adamw(rows, grad, self._rate(start, stop) * scale, on, a.config.optimizer)
-        for name, value in zip(names, (new.weight, new.first, new.second, new.count), strict=True):
+        rate = self._rate(start, stop) * scale
+        weight, first, second, count = (a[name][start:stop] for name in _SHARED_ROWS)
+        if self.backend.frozen:
+            from k1.kernels.adamw import adamw_shared
+
+            adamw_shared(weight, first, second, count, grad, rate, on, factor, a.config.optimizer)
+            return
+        old = Rows(weight, first, second, count)
+        new = adamw(old, grad * factor[:, None], rate, on, a.config.optimizer)
+        for name, value in zip(_SHARED_ROWS, vars(new).values(), strict=True):
             a[name][start:stop] = value
 
     def _count(
@@ -313,8 +386,7 @@ class Engine:
         if len(paths) == 1:
             return  # a root without children routes nothing
         slots, shares = [], []
-        for route, path in zip(done.routing, paths[1:], strict=True):
-            weight = route.by_child
+        for weight, path in zip(done.share[1:], paths[1:], strict=True):
             index = path.position[..., None].expand(-1, -1, weight.shape[-1])
             share = weight.detach().gather(1, index)
             updated = selection.scale.gather(1, path.slot) > 0
@@ -323,7 +395,10 @@ class Engine:
             slots.append(path.slot)
             # Not a product: a share may be NaN in a step that is skipped.
             shares.append(torch.where(on[..., None], share, 0.0).expand(-1, -1, tokens))
-        add_counts(
+        count = add_counts
+        if self.backend.frozen:
+            from k1.kernels.evidence import add_counts_fused as count
+        count(
             self.arena["evidence"][start:stop],
             torch.cat(slots, 1),
             torch.cat(shares, 1),
@@ -352,8 +427,6 @@ class Engine:
         a["skipped"][lanes] += result.skipped
         a["step"][lanes] += 1
         a["data_cursor"][lanes] += 1
-        for lane in range(start, stop):
-            a.host_step[lane] += 1
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -373,25 +446,24 @@ class Engine:
     @torch.no_grad()
     def _measure(self, start: int, stop: int, batch: Batch) -> Tensor:
         a, size = self.arena, self.arena.config.train.batch
-        levels, router = a.index(start, stop), a.router(start, stop)
-        weights = a.weights(start, stop)
-        pieces = weights.shared_layout.unpack(weights.shared)
+        forest = a.forest(start, stop)
+        pieces = forest.shared_layout.unpack(forest.shared)
         nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=a.device)
         for first in range(0, batch.inputs.shape[1], size):
             part = batch.map(itemgetter((slice(None), slice(first, first + size))))
-            done = forward(weights, router, levels, part, read_text(part, a.config), a.config)
-            nats += token_losses(pieces, done.output, part.targets).double().sum(1)
+            nats += token_losses(pieces, self._output(forest, part), part.targets).double().sum(1)
             length += self.store.bytes_in(part.targets)
         return nats / LN2 / length
 
+    def _output(self, forest: Forest, batch: Batch) -> Tensor:
+        """The trees' outputs [L, N, d] on a batch."""
+        text = read_text(batch, forest.config)
+        if self.backend.frozen:
+            from k1.kernels.tree import forward_frozen
 
-def _leaf(view: Tensor) -> Tensor:
-    """Make an autograd leaf of a part of the arena, without a copy.
-
-    `data`, for `detach` would share the arena's version counter: the update of other lanes, in
-    other threads, would then look like a change of this one.
-    """
-    return view.data.requires_grad_()
+            return forward_frozen(forest, batch, text)[0].output
+        weights, router = forest.weights(), forest.router
+        return forward(weights, router, forest.levels, batch, text, forest.config).output
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

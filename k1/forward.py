@@ -12,17 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k1.block import Layout, block_forward, child_logits
+from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
 from k1.head import mean_cross_entropy, token_cross_entropy
-from k1.mixing import Routing, mix, sibling_softmax, to_children
+from k1.mixing import mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
 
 LN2 = math.log(2.0)
@@ -60,16 +61,25 @@ class Text:
     """A batch as the routers see it."""
 
     bigram: Tensor
+    """int64 [L, B, T]: bucket of each token with its predecessor."""
     context: Tensor
-    mask: Tensor
+    """int64 [L, B, T]: bucket of the predecessor."""
+    starts: Tensor
+    """bool [L, B, T]: a document begins here."""
     valid: Tensor
+    """bool [L, B, T]: there is a predecessor in the same document."""
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What `history_mask` says of the document boundaries."""
+        return history_mask(self.starts)
 
 
 def read_text(batch: Batch, config: Config) -> Text:
     """Hash a batch's bigrams and find its document boundaries."""
     bigram, context = hash_bigrams(batch.inputs, config.evidence)
     first = torch.arange(batch.inputs.shape[-1], device=batch.inputs.device) == 0
-    return Text(bigram, context, history_mask(batch.starts), ~batch.starts & ~first)
+    return Text(bigram, context, batch.starts, ~batch.starts & ~first)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,26 @@ class RouterState:
 
 
 @dataclass(frozen=True)
+class Forest:
+    """Some lanes' trees with all their numbers, as views of the arena."""
+
+    rows: Tensor
+    """Every slot's parameters [L, S, P]."""
+    shared: Tensor
+    """The shared rows [L, Q]."""
+    block_layout: Layout
+    shared_layout: Layout
+    levels: list[LevelIndex]
+    router: RouterState
+    config: Config
+
+    def weights(self) -> Weights:
+        """View the parameters level by level."""
+        levels = [self.rows[:, i.offset : i.offset + i.width] for i in self.levels]
+        return Weights(levels, self.shared, self.block_layout, self.shared_layout)
+
+
+@dataclass(frozen=True)
 class Activations:
     """Everything a forward pass leaves behind."""
 
@@ -104,8 +134,9 @@ class Activations:
     """Mixed values [L, W, N, d] of each level."""
     prior: list[Tensor]
     """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused."""
-    routing: list[Routing]
-    """Routing of each level's blocks over the next level."""
+    share: list[Tensor]
+    """float32 [L, W, N]: the weight of each level's blocks among their siblings; entry 0 is
+    unused."""
 
     @property
     def output(self) -> Tensor:
@@ -147,12 +178,23 @@ def logits(weights: Weights, hidden: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], h, head)
 
 
-def run_level(weights: Weights, level: int, x: Tensor, heads: int) -> tuple[dict, Tensor]:
-    """Run all blocks of a level on their inputs [L, W, B, T, d]; returns (pieces, outputs)."""
-    lanes, width = x.shape[:2]
-    pieces = weights.block_layout.unpack(weights.levels[level].flatten(0, 1))
-    y = block_forward(pieces, x.flatten(0, 1), heads)
-    return pieces, y.view(lanes, width, *y.shape[1:])
+def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config, fused: bool = False) -> Tensor:
+    """Run all blocks of a level on their inputs [L, W, B, T, d]; returns outputs [L, W, N, d].
+
+    Args:
+        pieces: of `block_layout`, each [L * W, ...].
+        x: the inputs, in the dtype of the arithmetic.
+        config: the sizes.
+        fused: whether to use the kernels.
+    """
+    heads, folded, blocks = config.model.heads, fold(pieces, x.dtype), x.flatten(0, 1)
+    if fused:
+        from k1.kernels.block import block_trained
+
+        y = block_trained(folded, blocks.flatten(1, 2), x.shape[3], heads)
+    else:
+        y = block_forward(folded, blocks, heads)
+    return y.view(*x.shape[:2], -1, x.shape[-1])
 
 
 def learned_logits(pieces: dict[str, Tensor], y: Tensor) -> Tensor:
@@ -169,9 +211,20 @@ def forward(
     batch: Batch,
     text: Text,
     config: Config,
+    fused: bool = False,
 ) -> Activations:
-    """Run whole trees. Keeps a graph if the weights require gradients."""
-    kind, dtype = config.model.router, _dtype(config)
+    """Run whole trees. Keeps a graph if the weights require gradients.
+
+    Args:
+        weights: the parameters.
+        router: what routing needs besides.
+        levels: the trees.
+        batch: the windows.
+        text: the same as the routers see them.
+        config: the sizes.
+        fused: whether to use the kernels; then no shares are left behind.
+    """
+    kind, dtype = config.model.router, arithmetic(config)
     _, b, t = batch.inputs.shape
     x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
     ys: list[Tensor] = []
@@ -179,33 +232,63 @@ def forward(
     for index in levels:
         if index.level:
             x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
-        own, y = run_level(weights, index.level, x, config.model.heads)
+        own = weights.block_layout.unpack(weights.levels[index.level].flatten(0, 1))
         pieces.append(own)
-        ys.append(y.flatten(2, 3))
+        ys.append(run_level(own, x, config, fused))
+    prior = priors(router, levels, text, config, fused)
     m: list[Tensor] = [ys[-1]]
-    routing: list[Routing] = []
-    prior = [router.log_prior[0][..., None]]
-    for parent, child in pairwise(levels):
-        value = router.log_prior[child.level][..., None]
-        if kind == "evidence":
-            counts = router.counts[child.level]
-            value = value + level_evidence(
-                counts, parent, child, text.bigram, text.context, text.mask, config.evidence
-            )
-        prior.append(value)
+    share: list[Tensor] = []
     for parent, child in reversed(list(pairwise(levels))):
-        y = ys[parent.level]
+        y, below = ys[parent.level], prior[child.level]
         learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
-        route = sibling_softmax(prior[child.level], learned, parent, child)
-        mixed = mix(m[0], route.by_child.to(dtype), parent, child)
+        if fused:
+            m.insert(0, _mix_fused(y, m[0], learned, below, parent))
+            continue
+        weight = sibling_softmax(below, learned, parent, child)
+        mixed = mix(m[0], weight.to(dtype), parent, child)
         if parent.any_leaf:
             mixed = torch.where(parent.is_leaf[..., None, None], y, mixed)
         m.insert(0, mixed)
-        routing.insert(0, route)
-    return Activations(ys, m, prior, routing)
+        share.insert(0, weight)
+    return Activations(ys, m, prior, [prior[0], *share])
 
 
-def _dtype(config: Config) -> torch.dtype:
+def priors(
+    router: RouterState, levels: list[LevelIndex], text: Text, config: Config, fused: bool
+) -> list[Tensor]:
+    """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused."""
+    result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
+    if config.model.router != "evidence":
+        return result
+    for parent, child in pairwise(levels):
+        counts, ev = router.counts[child.level], config.evidence
+        if fused:
+            from k1.kernels.evidence import level_evidence_fused
+
+            value = level_evidence_fused(
+                counts, parent, child, text.bigram, text.context, text.starts, ev
+            )
+        else:
+            value = level_evidence(counts, parent, child, text.bigram, text.context, text.mask, ev)
+        result[child.level] = result[child.level] + value
+    return result
+
+
+def _mix_fused(
+    y: Tensor, m: Tensor, learned: Tensor | None, prior: Tensor, parent: LevelIndex
+) -> Tensor:
+    """Mix a level of which every child has a gradient."""
+    from k1.kernels.path_mix import path_mix
+
+    own = torch.where(parent.has_child, parent.children, -1)
+    constant = m.detach()
+    return path_mix(
+        y, m, learned, prior, constant, parent.children, parent.has_child, own, parent.is_leaf
+    )
+
+
+def arithmetic(config: Config) -> torch.dtype:
+    """Dtype of the blocks' arithmetic."""
     return torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
 
 

@@ -6,7 +6,6 @@ pass is the other: no scatter, so no atomics, and the same bits on every run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,20 +125,10 @@ def to_parents(x: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Routing of one level's parents over their children."""
-
-    by_parent: Tensor
-    """float32 [L, W_parent, K, N]: softmax over K; uniform over nothing where there is no child."""
-    by_child: Tensor
-    """float32 [L, W_child, N]: the weight that each child has among its siblings."""
-
-
 def sibling_softmax(
     prior: Tensor, learned: Tensor | None, parent: LevelIndex, child: LevelIndex
-) -> Routing:
-    """Softmax over siblings.
+) -> Tensor:
+    """Routing weight of each child among its siblings: float32 [L, W_child, N], 0 where dead.
 
     Args:
         prior: float32 [L, W_child, N] or [L, W_child, 1]: log prior plus evidence of each child.
@@ -157,4 +146,4 @@ def sibling_softmax(
     by_parent = torch.softmax(logits, dim=2)
     column = flat_index(child.parent * ranks + child.rank, width * ranks)
     by_child = by_parent.flatten(0, 2).index_select(0, column).view(lanes, child.width, -1)
-    return Routing(by_parent, by_child * child.alive[..., None])
+    return by_child * child.alive[..., None]

@@ -9,7 +9,7 @@ embedding it leaves out what the attention and feed-forward branches beside the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from k1.config import Config
 from k1.forward import (
     Activations,
     Batch,
+    Forest,
+    Text,
     Weights,
     embed,
+    forward,
     lane_loss,
     learned_logits,
     run_level,
@@ -50,7 +53,7 @@ def index_paths(
     Args:
         on_path: bool [L, S].
         levels: the trees.
-        limit: most path blocks in one level.
+        limit: most paths of a lane.
         scratch: slot that padding points to.
     """
     paths: list[PathIndex] = []
@@ -72,6 +75,45 @@ def index_paths(
             link = (link & valid[..., None]).float()
         paths.append(PathIndex(slot, position, valid, link))
     return paths
+
+
+class PathPass:
+    """All blocks forward, once; then the gradients of the path blocks."""
+
+    def __init__(self, forest: Forest, batch: Batch, text: Text, paths: list[PathIndex]) -> None:
+        """Run the trees on a batch without a graph."""
+        self.forest, self.batch, self.paths = forest, batch, paths
+        with torch.no_grad():
+            self.values = forward(
+                forest.weights(), forest.router, forest.levels, batch, text, forest.config
+            )
+
+    def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Loss [L], gradients [L, R, P] of each level's path blocks, the shared gradient [L, Q].
+
+        Of the weights as they are now: between calls, culprits may change, and nothing else.
+        """
+        forest = self.forest
+        lane = torch.arange(len(forest.rows), device=forest.rows.device)[:, None]
+        rows = [forest.rows[lane, path.slot].requires_grad_() for path in self.paths]
+        shared = as_leaf(forest.shared)
+        weights = replace(forest.weights(), shared=shared)
+        loss = path_loss(
+            rows, weights, self.values, self.paths, forest.levels, self.batch, forest.config
+        )
+        *by_level, by_shared = torch.autograd.grad(
+            loss.sum(), [*rows, shared], allow_unused=True, materialize_grads=True
+        )
+        return loss.detach(), by_level, by_shared
+
+
+def as_leaf(view: Tensor) -> Tensor:
+    """Make an autograd leaf of a part of the arena, without a copy.
+
+    `data`, for `detach` would share the arena's version counter: the update of other lanes, in
+    other threads, would then look like a change of this one.
+    """
+    return view.data.requires_grad_()
 
 
 def path_loss(
@@ -96,16 +138,15 @@ def path_loss(
     """
     _, b, t = batch.inputs.shape
     dtype = frozen.y[0].dtype
-    local = Weights(rows, weights.shared, weights.block_layout, weights.shared_layout)
     x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
     ys: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
     for level, path in enumerate(paths):
         if level:
             x = (path.in_parent.to(dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
-        own, y = run_level(local, level, x, config.model.heads)
+        own = weights.block_layout.unpack(rows[level].flatten(0, 1))
         pieces.append(own)
-        ys.append(y.flatten(2, 3))
+        ys.append(run_level(own, x, config))
     mixed = ys[-1]
     for level in range(len(paths) - 2, -1, -1):
         mixed = _mix_level(ys, mixed, pieces, frozen, paths, levels, level, config)
@@ -135,14 +176,12 @@ def _mix_level(
     children, exists = at_path(index.children), at_path(index.has_child)
     ranks = children.shape[-1]
     flat = flat_index(children.flatten(1), width_below)
-    if config.model.router == "mean":
-        weight = at_path(frozen.routing[level].by_parent)
-    else:
-        prior = frozen.prior[level + 1].flatten(0, 1).index_select(0, flat)
-        route = learned_logits(pieces[level], ys[level])[:, :, :ranks]
-        route = route + prior.view(lanes, rows, ranks, -1)
-        lowest = torch.finfo(route.dtype).min
-        weight = torch.softmax(route.masked_fill(~exists[..., None], lowest), dim=2)
+    prior = frozen.prior[level + 1].flatten(0, 1).index_select(0, flat)
+    route = prior.view(lanes, rows, ranks, -1)
+    if config.model.router != "mean":
+        route = route + learned_logits(pieces[level], ys[level])[:, :, :ranks]
+    lowest = torch.finfo(route.dtype).min
+    weight = torch.softmax(route.masked_fill(~exists[..., None], lowest), dim=2)
     # [L, R, K, R_below]: rank k of path row r is the path row q below.
     same = children[..., None] == under.position[:, None, None]
     same = (same & exists[..., None]).to(weight.dtype) * under.in_parent.transpose(1, 2)[:, :, None]

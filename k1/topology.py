@@ -241,6 +241,11 @@ class LevelIndex:
     """int64 [L, W]: position in the level above (0 where dead)."""
     rank: Tensor
     """int64 [L, W]."""
+    source: Tensor
+    """int64 [L * W]: the parent's place in the flattened level above, -1 where dead; for the root
+    its lane."""
+    row: Tensor
+    """int64 [L * W]: the block's row in the flattened arena, of these lanes alone."""
     children: Tensor
     """int64 [L, W, K]: positions in the level below by rank (0 where there is none)."""
     has_child: Tensor
@@ -250,16 +255,66 @@ class LevelIndex:
     any_leaf: bool
     """Host knowledge: some position of some lane is a leaf or dead."""
 
+    def copy_(self, other: LevelIndex) -> None:
+        """Take over another index of the same shape in place, which keeps the addresses."""
+        for name, value in vars(other).items():
+            if isinstance(value, Tensor):
+                getattr(self, name).copy_(value)
 
-def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex]:
-    """Lay out the levels of several trees for the device, each as wide as its widest lane."""
-    first, ranks = trees[0], 1
-    width = [0] * len(first.capacity)
-    for tree in trees:
-        for block in tree.blocks.values():
-            width[block.level] = max(width[block.level], block.slot - tree.offset[block.level] + 1)
-            ranks = max(ranks, block.rank + 1)
-    depth = max(level + 1 for level, w in enumerate(width) if w)
+
+@dataclass(frozen=True)
+class Extent:
+    """How much room the levels of an index have."""
+
+    width: tuple[int, ...]
+    """Slots of each level."""
+    ranks: int
+    """Most children of one block."""
+
+    @staticmethod
+    def of(trees: list[Topology]) -> Extent:
+        """Find the least room that some trees need."""
+        ranks, width = 1, [0] * len(trees[0].capacity)
+        for tree in trees:
+            for block in tree.blocks.values():
+                used = block.slot - tree.offset[block.level] + 1
+                width[block.level] = max(width[block.level], used)
+                ranks = max(ranks, block.rank + 1)
+        return Extent(tuple(w for w in width if w), ranks)
+
+    def rounded_up(self, branching: tuple[int, ...], trees: list[Topology]) -> Extent:
+        """Make room for any tree: as the tree began while that suffices, else all there is.
+
+        What is compiled or recorded for one extent then serves until a tree outgrows it.
+        """
+        begun, count = [1], 1
+        for children in branching:
+            count *= children
+            begun.append(count)
+        capacity, most = trees[0].capacity, trees[0].max_children
+        begun += [0] * (len(capacity) - len(begun))
+        width = [
+            begun[level] if used <= begun[level] else capacity[level]
+            for level, used in enumerate(self.width)
+        ]
+        return Extent(tuple(width), max(branching) if self.ranks <= max(branching) else most)
+
+
+def index_levels(
+    trees: list[Topology], device: torch.device, extent: Extent | None = None
+) -> list[LevelIndex]:
+    """Lay out the levels of several trees for the device.
+
+    Args:
+        trees: one for each lane.
+        device: where the index is held.
+        extent: room to leave; by default each level is as wide as its widest lane, and the index
+            says what the host knows of these trees. With an extent it knows nothing of them.
+    """
+    host_knows = extent is None
+    extent = extent or Extent.of(trees)
+    first, ranks, width = trees[0], extent.ranks, extent.width
+    depth, slots = len(width), first.slots + 1
     lanes, levels = len(trees), []
     for level in range(depth):
         offset, w = first.offset[level], width[level]
@@ -278,6 +333,10 @@ def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex
                     up = block.parent - offset
                     children[lane, up, block.rank] = block.slot - tree.offset[level + 1]
                     has_child[lane, up, block.rank] = True
+        lane_number = torch.arange(lanes)[:, None]
+        above = width[level - 1] if level else 1
+        source = torch.where(alive, parent + lane_number * above, -1)
+        row = torch.arange(offset, offset + w) + lane_number * slots
         is_leaf = ~has_child.any(-1)
         everywhere = has_child.flatten(0, 1).all(0).tolist()
         levels.append(
@@ -289,10 +348,12 @@ def index_levels(trees: list[Topology], device: torch.device) -> list[LevelIndex
                 is_leaf=is_leaf.to(device),
                 parent=parent.to(device),
                 rank=rank.to(device),
+                source=source.flatten().to(device),
+                row=row.flatten().to(device),
                 children=children.to(device),
                 has_child=has_child.to(device),
-                full_ranks=(*everywhere, False).index(False),
-                any_leaf=bool(is_leaf.any()),
+                full_ranks=(*everywhere, False).index(False) if host_knows else 0,
+                any_leaf=bool(is_leaf.any()) or not host_knows,
             )
         )
     return levels

@@ -210,7 +210,7 @@ def test_a_step_counts_the_batch_by_the_share_of_routing(make, mode):
     trainer.train(5)
     batch = next_batch(trainer)
     text = read_text(batch, trainer.config)
-    routing = trainer.engine.gradients(0, 1, batch, text)[3].routing
+    share_of = trainer.engine.gradients(0, 1, batch, text)[3].share
     before = trainer.arena["evidence"][0].clone()
     rotates = trainer.steps % CONFIG.window == 0
     assert not rotates
@@ -221,7 +221,7 @@ def test_a_step_counts_the_batch_by_the_share_of_routing(make, mode):
     assert len(on_path) == 2
     for slot, block in tree.blocks.items():
         if slot in on_path:
-            share = routing[block.level - 1].by_child[0, slot - tree.offset[block.level]]
+            share = share_of[block.level][0, slot - tree.offset[block.level]]
             share = share.expand(text.valid.numel())[text.valid.flatten()]
             expected = int((share * UNIT).round().sum())
             n = CONFIG.buckets
@@ -241,7 +241,7 @@ def test_counted_text_routes_unseen_text_of_its_kind(make, data):
     for which, domain in enumerate(("alpha", "beta")):
         batch = trainer.store.spread("validation", domain, 32)
         text = read_text(batch, trainer.config)
-        weight = trainer.engine.gradients(0, 1, batch, text)[3].routing[0].by_child[0]
+        weight = trainer.engine.gradients(0, 1, batch, text)[3].share[1][0]
         late = weight.view(2, 32, 16)[:, :, -1]
         assert (late[which] > 0.5).float().mean() > 0.9
         assert late[which].mean() > 0.85

@@ -162,7 +162,7 @@ def test_a_document_start_resets_the_evidence(make):
     routes = []
     for b in (batch, other):
         done = trainer.engine.gradients(0, 1, b, read_text(b, trainer.config))[3]
-        routes.append(done.routing[0].by_child[0].view(-1, 2, 16)[:, 0])
+        routes.append(done.share[1][0].view(-1, 2, 16)[:, 0])
     torch.testing.assert_close(routes[0][:, 9:], routes[1][:, 9:], rtol=1e-5, atol=1e-6)
     assert (routes[0][:, :9] - routes[1][:, :9]).abs().max() > 1e-3
 

@@ -49,7 +49,7 @@ def _project(h, weight, bias, column, D: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x_ptr, source_ptr, weight_ptr, keep_ptr, y_ptr,
+    x_ptr, source_ptr, weight_ptr, keep_ptr, target_ptr, y_ptr,
     qkv_ptr, qkv_bias_ptr, out_ptr, in_ptr, in_bias_ptr, back_ptr, back_bias_ptr,
     n1_ptr, inverse_1_ptr, kept_ptr, o_ptr, n2_ptr, inverse_2_ptr, u_ptr,
     N, scale,
@@ -62,9 +62,11 @@ def _forward(
     row, d = first + tl.arange(0, M), tl.arange(0, D)
     inside = (row < N)[:, None]
     here = row[:, None] * D + d[None, :]
-    own = block * N * D + here
+    target = tl.load(target_ptr + block)
+    own = target * N * D + here
     if source < 0:
-        tl.store(y_ptr + own, tl.zeros((M, D), y_ptr.dtype.element_ty), mask=inside)
+        nothing = tl.zeros((M, D), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + own, nothing, mask=inside & (target >= 0))
         return
     x_base = x_ptr + source * N * D
     weight = tl.load(weight_ptr + block)
@@ -77,7 +79,7 @@ def _forward(
     back_bias_ptr += weight * D
     kind = qkv_ptr.dtype.element_ty
     HD: tl.constexpr = D // H
-    keep = tl.load(keep_ptr + block) if KEEP else -1
+    keep = tl.load(keep_ptr + weight) if KEEP else -1
     place = keep * N + row
     held = inside & (keep >= 0)
     x = tl.load(x_base + here, mask=inside, other=0.0).to(tl.float32)
@@ -286,6 +288,8 @@ def run_blocks(
     heads: int,
     kept: Kept | None = None,
     keep: Tensor | None = None,
+    out: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Run S blocks, each on the input and with the weights that it names.
 
@@ -297,21 +301,27 @@ def run_blocks(
         time: T.
         heads: attention heads.
         kept: room for the values that a backward pass needs.
-        keep: int64 [S]: where in `kept` a block's values go; -1 for nowhere.
+        keep: int64, one for each of the weights: where in `kept` the values of a block with these
+            weights go; -1 for nowhere.
+        out: where results go instead of a new tensor.
+        target: int64 [S]: which row of `out` each block writes; -1 for a dead one that writes none.
 
     Returns:
-        [S, N, d] in the dtype of x.
+        [S, N, d] in the dtype of x, or `out`.
     """
     blocks, (_, tokens, d) = len(source), x.shape
-    y = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
+    if target is None:
+        target = torch.arange(blocks, device=x.device)
     _forward[(triton.cdiv(tokens, _ROWS), blocks)](
-        x, source, weight, source if keep is None else keep, y, *folded.tensors(),
-        *([y] * 7 if kept is None else vars(kept).values()),
+        x, source, weight, source if keep is None else keep, target, out, *folded.tensors(),
+        *([out] * 7 if kept is None else vars(kept).values()),
         tokens, (d // heads) ** -0.5,
         T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=64, KEEP=kept is not None,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    return y
+    return out
 
 
 def run_backward(

@@ -7,6 +7,7 @@ which are constants, but the identity for the parent's output that they were com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ def _backward(
     prior_child: tl.tensor,
     prior_token: tl.tensor,
     LEARNED: tl.constexpr,
+    FROZEN: tl.constexpr,
     LEARNED_RANKS: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
@@ -219,13 +221,15 @@ def _backward(
             mask=inside & on_path,
         )
         if LEARNED:
-            value = tl.load(
-                below + row_below * tokens * EMBED + place, mask=inside & on_path, other=0.0
-            ).to(tl.float32)
             child = lane * width_child + tl.load(children + row * RANKS + rank)
-            value += tl.load(
-                constant + child * tokens * EMBED + place, mask=inside & beside, other=0.0
+            constant_there = here if FROZEN else beside
+            value = tl.load(
+                constant + child * tokens * EMBED + place, mask=inside & constant_there, other=0.0
             ).to(tl.float32)
+            if not FROZEN:
+                value += tl.load(
+                    below + row_below * tokens * EMBED + place, mask=inside & on_path, other=0.0
+                ).to(tl.float32)
             product = tl.sum(d_out * value, axis=1)
             d_share += tl.where((k == rank)[None, :], product[:, None], 0.0)
     straight = tl.where(leaf, 1.0, straight)
@@ -271,37 +275,81 @@ class _PathMix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        below, learned, prior, constant, children, exists, own, is_leaf = ctx.saved_tensors
+        below, learned, prior, constant, *index = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_y = torch.empty_like(grad)
-        # Rows that pad the level below belong to no block of this one: nothing is written there.
-        grad_below = torch.zeros_like(below)
-        grad_learned = (
-            None
-            if learned is None
-            else torch.empty_strided(
-                learned.shape, learned.stride(), dtype=learned.dtype, device=learned.device
-            )
+        by_input = _gradients(grad, below, learned, prior, constant, index, frozen=False)
+        return *by_input, None, None, None, None, None, None
+
+
+def path_mix_backward(
+    grad: Tensor,
+    rows_below: int,
+    learned: Tensor | None,
+    prior: Tensor,
+    mixed: Tensor,
+    children: Tensor,
+    exists: Tensor,
+    own: Tensor,
+    is_leaf: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `path_mix` where `constant` holds the values of all children.
+
+    Args:
+        grad: gradient [L, R, N, d] of what was mixed, contiguous.
+        rows_below: Q, path blocks in the level below.
+        learned: as in `path_mix`.
+        prior: as in `path_mix`.
+        mixed: values [L, W_child, N, d] of the level below, contiguous.
+        children: as in `path_mix`.
+        exists: as in `path_mix`.
+        own: as in `path_mix`.
+        is_leaf: as in `path_mix`.
+
+    Returns:
+        Gradients of `y`, of `below` [L, Q, N, d] and of `learned`.
+    """
+    lanes, _, tokens, d = grad.shape
+    # Only its shape matters: the values are read from `mixed`.
+    below = grad.new_empty(1, 1, 1, 1).expand(lanes, rows_below, tokens, d)
+    prior = prior.expand(-1, -1, tokens)
+    index = tuple(t.contiguous() for t in (children, exists, own, is_leaf))
+    return _gradients(grad, below, learned, prior, mixed, index, frozen=True)
+
+
+def _gradients(
+    grad: Tensor,
+    below: Tensor,
+    learned: Tensor | None,
+    prior: Tensor,
+    constant: Tensor,
+    index: Sequence[Tensor],
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_y = torch.empty_like(grad)
+    # Rows that pad the level below belong to no block of this one: nothing is written there.
+    grad_below = grad.new_zeros(below.shape)
+    grad_learned = None
+    if learned is not None:
+        grad_learned = torch.empty_strided(
+            learned.shape, learned.stride(), dtype=learned.dtype, device=learned.device
         )
-        grid, numbers, sizes = _launch(grad, below, learned, prior, constant, children)
-        _backward[grid](
-            grad,
-            below,
-            prior if learned is None else learned,
-            prior,
-            constant,
-            children,
-            exists,
-            own,
-            is_leaf,
-            grad_y,
-            grad_below,
-            grad_y if grad_learned is None else grad_learned,
-            *numbers,
-            LEARNED_RANKS=0 if learned is None else learned.shape[2],
-            **sizes,
-        )
-        return grad_y, grad_below, grad_learned, None, None, None, None, None, None
+    grid, numbers, sizes = _launch(grad, below, learned, prior, constant, index[0])
+    _backward[grid](
+        grad,
+        below,
+        prior if learned is None else learned,
+        prior,
+        constant,
+        *index,
+        grad_y,
+        grad_below,
+        grad_y if grad_learned is None else grad_learned,
+        *numbers,
+        FROZEN=frozen,
+        LEARNED_RANKS=0 if learned is None else learned.shape[2],
+        **sizes,
+    )
+    return grad_y, grad_below, grad_learned
 
 
 def _launch(

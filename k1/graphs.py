@@ -1,0 +1,42 @@
+"""Training steps recorded as CUDA graphs, so that launching them costs the host next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class StepGraphs:
+    """One recorded graph for each shape of a step.
+
+    The first step of a shape runs as it is, which compiles and allocates what it needs; the second
+    is recorded and from then on replayed. What varies between steps of a shape has to be in tensors
+    that keep their addresses. A step's result is overwritten by the next one.
+    """
+
+    def __init__(self) -> None:
+        """Start without graphs; they share one pool of memory."""
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._met: set[Hashable] = set()
+        self._pool: Any = None
+
+    def run(self, shape: Hashable, work: Callable[[], T]) -> T:
+        """Do work, which must not wait for the device, on the device."""
+        if shape in self._recorded:
+            graph, result = self._recorded[shape]
+        elif shape not in self._met:
+            self._met.add(shape)
+            return work()
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = work()
+            self._pool = self._pool or graph.pool()
+            self._recorded[shape] = graph, result
+        graph.replay()
+        typed: T = result
+        return typed
