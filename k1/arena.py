@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k1.attribution import NEVER, Looks
+from k1.attribution import NEVER, Leaves, index_leaves
 from k1.block import block_layout, initial_rows, shared_layout
 from k1.config import Config
 from k1.errors import CheckpointError
@@ -73,8 +73,8 @@ class Arena:
         self.host_top_k = [1] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
         self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
-        self._looks: dict[tuple[int, int], Looks] = {}
-        self._looks_room: dict[tuple[int, int, int], Looks] = {}
+        self._leaves: dict[tuple[int, int], Leaves] = {}
+        self._leaves_room: dict[tuple[int, int, int, int], Leaves] = {}
         s, p, q = self.scratch + 1, self.block_layout.total, self.shared_layout.total
         ev = config.evidence
         table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
@@ -138,25 +138,16 @@ class Arena:
         names = ("lr", "top_k", "cooldown", "exploration")
         return {name: self[name][lane].item() for name in names}
 
-    def looks(self, start: int, stop: int) -> Looks:
-        """How many leaves the drill-down of lanes start..stop looks at.
-
-        The first path takes at least as many of `top_k` as the shallowest leaf is deep, and every
-        further one takes at least one.
-        """
-        if (start, stop) not in self._looks:
-            counts = []
-            for lane in range(start, stop):
-                blocks = self.trees[lane].blocks.values()
-                parents = {block.parent for block in blocks}
-                shallowest = min(b.level for b in blocks if b.slot not in parents)
-                counts.append(max(1, self.host_top_k[lane] - shallowest + 1))
-            new = Looks(torch.tensor(counts, device=self.device), max(counts))
-            held = self._looks_room.setdefault((start, stop, new.most), new)
+    def leaves(self, start: int, stop: int) -> Leaves:
+        """Return where the drill-down of lanes start..stop can end."""
+        if (start, stop) not in self._leaves:
+            top_k = self.host_top_k[start:stop]
+            new = index_leaves(self.trees[start:stop], top_k, self.device)
+            held = self._leaves_room.setdefault((start, stop, new.chain.shape[2], new.most), new)
             if held is not new:
-                held.by_lane.copy_(new.by_lane)
-            self._looks[start, stop] = held
-        return self._looks[start, stop]
+                held.copy_(new)
+            self._leaves[start, stop] = held
+        return self._leaves[start, stop]
 
     def set_tree(self, lane: int, tree: Topology) -> None:
         """Give a lane its tree (after an edit too: the device index follows)."""
@@ -165,7 +156,7 @@ class Arena:
 
     def _forget(self, lane: int) -> None:
         """Drop what was derived from a lane's tree and `top_k`."""
-        for cache in (self._index, self._looks):
+        for cache in (self._index, self._leaves):
             for start, stop in [key for key in cache if key[0] <= lane < key[1]]:
                 del cache[start, stop]
 
@@ -173,7 +164,7 @@ class Arena:
         """Derive what ranges of lanes need, before threads ask for it."""
         for start, stop in ranges:
             self.index(start, stop)
-            self.looks(start, stop)
+            self.leaves(start, stop)
 
     def index(self, start: int, stop: int) -> list[LevelIndex]:
         """Return the level index of lanes start..stop."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from k1.topology import LevelIndex
+from k1.topology import LevelIndex, Topology
 
 NEVER = -(1 << 40)
 """A step so early that no cooldown reaches back to it."""
@@ -30,13 +30,50 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Looks:
-    """How many leaves the drill-down looks at."""
+class Leaves:
+    """Where the drill-down can end, and by which way it gets there. D = levels."""
 
-    by_lane: Tensor
-    """int64 [L]: a lane's own number, so that its choice does not depend on its neighbours."""
+    chain: Tensor
+    """int64 [L, S, D]: slots from the root to each living block; the scratch slot beyond it."""
+    depth: Tensor
+    """int64 [L, S]: blocks on that way, root and block included; 0 where there is no block."""
+    is_leaf: Tensor
+    """bool [L, S]."""
+    looks: Tensor
+    """int64 [L]: how many leaves are looked at; a lane's own number, so that its choice does not
+    depend on its neighbours."""
     most: int
     """The largest of them, known to the host."""
+
+    def copy_(self, other: Leaves) -> None:
+        """Take over others of the same shape in place, which keeps the addresses."""
+        for name in ("chain", "depth", "is_leaf", "looks"):
+            getattr(self, name).copy_(getattr(other, name))
+
+
+def index_leaves(trees: list[Topology], top_k: list[int], device: torch.device) -> Leaves:
+    """List the leaves of several trees.
+
+    The first path takes at least as many of a lane's `top_k` as its shallowest leaf is deep, and
+    every further one takes at least one: so many leaves are worth a look.
+    """
+    lanes, slots = len(trees), trees[0].slots
+    levels = 1 + max(block.level for tree in trees for block in tree.blocks.values())
+    chain = torch.full((lanes, slots + 1, levels), slots)
+    depth = torch.zeros(lanes, slots + 1, dtype=torch.int64)
+    is_leaf = torch.zeros(lanes, slots + 1, dtype=torch.bool)
+    looks = []
+    for lane, tree in enumerate(trees):
+        parents = {block.parent for block in tree.blocks.values()}
+        for slot in tree.blocks:
+            path = tree.path(slot)
+            chain[lane, slot, : len(path)] = torch.tensor(path)
+            depth[lane, slot] = len(path)
+            is_leaf[lane, slot] = slot not in parents
+        shallowest = int(depth[lane][is_leaf[lane]].min()) - 1
+        looks.append(max(1, top_k[lane] - shallowest + 1))
+    by_lane = torch.tensor(looks).to(device)
+    return Leaves(chain.to(device), depth.to(device), is_leaf.to(device), by_lane, max(looks))
 
 
 @dataclass(frozen=True)
@@ -73,37 +110,26 @@ def responsibilities(level_grads: list[Tensor], levels: list[LevelIndex], slots:
     return out
 
 
-def _subtree_any(flag: list[Tensor], levels: list[LevelIndex]) -> list[Tensor]:
-    """Whether any leaf below (or the block itself, if a leaf) has the flag, per level."""
-    result = list(flag)
-    for level in range(len(levels) - 2, -1, -1):
-        index = levels[level]
-        below = result[level + 1].gather(1, index.children.flatten(1)).view_as(index.has_child)
-        inner = (below & index.has_child).any(-1)
-        result[level] = torch.where(index.is_leaf, flag[level], inner)
-    return result
+def _walk(score: Tensor, open_: Tensor, leaves: Leaves) -> Tensor:
+    """Walk down from the root to a leaf by the largest score of the children with open leaves.
 
-
-def _descend(score: list[Tensor], open_: list[Tensor], levels: list[LevelIndex]) -> list[Tensor]:
-    """Walk down from the root to a leaf by the largest score among open children.
+    Args:
+        score: float32 [L, S].
+        open_: bool [L, S]: leaves that the walk may end at.
+        leaves: the ways.
 
     Returns:
-        For each level the position taken [L], or -1 below the leaf that was reached.
+        int64 [L]: the leaf reached (anything if none is open).
     """
-    lanes = score[0].shape[0]
-    lane = torch.arange(lanes, device=score[0].device)
-    here = torch.zeros(lanes, dtype=torch.int64, device=score[0].device)
-    walk = [here]
-    for level in range(1, len(levels)):
-        above = levels[level - 1]
-        stopped = (walk[-1] < 0) | above.is_leaf[lane, here]
-        children = above.children[lane, here]
-        allowed = above.has_child[lane, here] & open_[level].gather(1, children)
-        value = score[level].gather(1, children).masked_fill(~allowed, -1.0)
-        best = children.gather(1, value.argmax(1, keepdim=True))[:, 0]
-        walk.append(torch.where(stopped, -1, best))
-        here = torch.where(stopped, 0, best)
-    return walk
+    lanes, slots, levels = leaves.chain.shape
+    by_level = score.gather(1, leaves.chain.flatten(1)).view(lanes, slots, levels)
+    for level in range(1, levels):
+        reaches = open_ & (leaves.depth > level)
+        best, at = by_level[..., level].masked_fill(~reaches, -1.0).max(1, keepdim=True)
+        here = leaves.chain[..., level]
+        # A walk that has ended already has no child to go to, and stays.
+        open_ = open_ & ((here == here.gather(1, at)) | (best < 0))
+    return open_.float().argmax(1)
 
 
 def select_paths(
@@ -111,9 +137,8 @@ def select_paths(
     last_culprit: Tensor,
     step: Tensor,
     uniform: Tensor,
-    levels: list[LevelIndex],
+    leaves: Leaves,
     rules: SelectionRules,
-    looks: Looks,
 ) -> Selection:
     """Choose the paths of one step by drilling down again and again.
 
@@ -127,76 +152,51 @@ def select_paths(
         last_culprit: int64 [L, S], `NEVER` for a leaf that was none yet.
         step: int64 [L], the current step.
         uniform: float32 [L, 1 + S] in [0, 1): whether to explore, then a random score per slot.
-        levels: the trees.
+        leaves: the trees. A leaf that is looked at and does not fit is passed over.
         rules: settings.
-        looks: how many leaves are looked at. A leaf that does not fit is passed over.
     """
     lanes, slots = responsibility.shape
     device = responsibility.device
-
-    def cut(values: Tensor) -> list[Tensor]:
-        return [values[:, i.offset : i.offset + i.width] for i in levels]
-
-    alive_leaf = [i.alive & i.is_leaf for i in levels]
     age = step[:, None] - last_culprit
-    rested = [a > rules.cooldown[:, None] for a in cut(age)]
-    eligible = [leaf & r for leaf, r in zip(alive_leaf, rested, strict=True)]
-    none = ~torch.stack([e.any(1) for e in eligible]).any(0)
-    oldest = torch.stack(
-        [a.masked_fill(~leaf, -1).amax(1) for a, leaf in zip(cut(age), alive_leaf, strict=True)]
-    ).amax(0)
-    longest_ago = [
-        leaf & (a == oldest[:, None]) for a, leaf in zip(cut(age), alive_leaf, strict=True)
-    ]
-    eligible = [
-        torch.where(none[:, None], o, e) for e, o in zip(eligible, longest_ago, strict=True)
-    ]
+    rested = leaves.is_leaf & (age > rules.cooldown[:, None])
+    oldest = age.masked_fill(~leaves.is_leaf, -1)
+    longest_ago = leaves.is_leaf & (oldest == oldest.amax(1, keepdim=True))
+    open_ = torch.where(rested.any(1, keepdim=True), rested, longest_ago)
     explore = uniform[:, 0] < rules.exploration
-    score = torch.where(explore[:, None], uniform[:, 1 : slots + 1], responsibility)
+    score = torch.where(explore[:, None], uniform[:, 1:], responsibility)
 
     scale = torch.zeros(lanes, slots, device=device)
     on_path = torch.zeros(lanes, slots, dtype=torch.bool, device=device)
-    culprits = []
-    first: Tensor | None = None
-    lane = torch.arange(lanes, device=device)
     used = torch.zeros(lanes, dtype=torch.int64, device=device)
-    for look in range(looks.most):
-        open_ = _subtree_any(eligible, levels)
-        walk = _descend(cut(score), open_, levels)
-        found = open_[0][:, 0]
-        place = [
-            torch.where(w >= 0, w + i.offset, slots) for w, i in zip(walk, levels, strict=True)
-        ]
-        depth = torch.stack([w >= 0 for w in walk]).sum(0)  # blocks on the path, root included
-        leaf_slot = torch.stack(place).gather(0, (depth - 1)[None])[0]
-        path = torch.zeros(lanes, slots + 1, dtype=torch.bool, device=device)
-        wanted = torch.zeros(lanes, slots + 1, device=device)
-        for level, slot in enumerate(place):
-            path[lane, slot] = True
-            distance = depth - 1 - level
-            value = torch.full_like(wanted[:, 0], rules.scales[-1])
-            for above, s in enumerate(rules.scales):
-                value = torch.where(distance == above, s, value)
-            if level == 0:
-                value = torch.full_like(value, rules.root_scale)
-            elif first is None:  # a path longer than top_k loses its upper blocks
-                value = torch.where(distance < rules.top_k, value, 0.0)
-            wanted[lane, slot] = value
-        path[:, slots], wanted[:, slots] = False, 0.0
-        path, wanted = path[:, :-1], wanted[:, :-1]
-        weight = responsibility.gather(1, leaf_slot[:, None])[:, 0]
-        new = (path & (scale == 0) & (wanted > 0))[:, 1:].sum(1)
+    level = torch.arange(leaves.chain.shape[2], device=device)
+    slot = torch.arange(slots, device=device)
+    culprits: list[Tensor] = []
+    first: Tensor | None = None
+    for look in range(leaves.most):
+        found = open_.any(1)
+        leaf = _walk(score, open_, leaves)[:, None]
+        open_ = open_ & (slot != leaf)
+        chain = leaves.chain.gather(1, leaf[..., None].expand(-1, -1, len(level)))[:, 0]
+        above = leaves.depth.gather(1, leaf) - 1 - level  # how far each block is above the leaf
+        on = above >= 0
+        value = torch.full_like(above, rules.scales[-1], dtype=scale.dtype)
+        for distance, s in enumerate(rules.scales[:-1]):
+            value = value.masked_fill(above == distance, s)
+        value = value.masked_fill(level == 0, rules.root_scale)
+        if first is None:  # a path longer than top_k loses its upper blocks
+            value = value.masked_fill((level > 0) & (above >= rules.top_k[:, None]), 0.0)
+        value = value.masked_fill(~on, 0.0)
+        before = scale.gather(1, chain)
+        new = ((before == 0) & (value > 0) & (level > 0)).sum(1)
+        weight = responsibility.gather(1, leaf)[:, 0]
         if first is None:
             first, take = weight, found
         else:
-            fits = used + new <= rules.top_k
-            take = found & fits & (weight >= rules.min_share * first) & (look < looks.by_lane)
+            fits = (used + new <= rules.top_k) & (look < leaves.looks)
+            take = found & fits & (weight >= rules.min_share * first)
         taken = take[:, None]
-        on_path |= path & taken
-        scale = torch.where(taken, torch.maximum(scale, wanted), scale)
+        scale = scale.scatter(1, chain, torch.where(taken, torch.maximum(before, value), before))
+        on_path = on_path.scatter(1, chain, on_path.gather(1, chain) | (on & taken))
         used = used + torch.where(take, new, 0)
-        culprits.append(torch.where(take, leaf_slot, -1))
-        passed = torch.zeros(lanes, slots + 1, dtype=torch.bool, device=device)
-        passed[lane, leaf_slot] = True
-        eligible = [e & ~p for e, p in zip(eligible, cut(passed[:, :-1]), strict=True)]
+        culprits.append(torch.where(take, leaf[:, 0], -1))
     return Selection(scale, on_path, torch.stack(culprits, 1))

@@ -97,7 +97,7 @@ def _wrong(config: Config, device: torch.device, trained: bool) -> str | None:
     if trained:
         dx, by_weight = run_backward(folded, kept, dy, m.context, m.heads)
         pairs += zip((dx, *by_weight.tensors()), wanted, strict=True)
-    error = max(float((got.double() - w).norm() / w.norm()) for got, w in pairs)
+    error = max(float((got - w.detach()).norm() / w.detach().norm()) for got, w in pairs)
     # Written so that NaN counts as wrong.
     return None if error <= _TOLERANCE else f"a kernel is off by {error:.1e} on this device"
 

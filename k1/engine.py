@@ -146,7 +146,7 @@ class Engine:
             result = work()
         else:
             shape = tuple((i.width, i.children.shape[-1]) for i in a.index(start, stop))
-            result = self.graphs.run((start, stop, due, shape, a.looks(start, stop).most), work)
+            result = self.graphs.run((start, stop, due, shape, a.leaves(start, stop).most), work)
         for lane in range(start, stop):
             a.host_step[lane] += 1
         return result
@@ -212,7 +212,7 @@ class Engine:
             self._update(start, stop, cut, grad, selection.scale[:, cut], factor, fine)
         self._update_shared(start, stop, shared_grad, factor, fine)
         if config.model.router == "evidence" and self.mode != "dense":
-            most = a.looks(start, stop).most
+            most = a.leaves(start, stop).most
             paths = index_paths(selection.on_path, levels, most, a.scratch)
             self._count(start, stop, paths, selection, done, text, fine)
         return StepResult(loss, selection, ~fine)
@@ -234,7 +234,7 @@ class Engine:
     ) -> PathPass | FusedPathPass:
         """Run everything forward; the result has the gradients of the selected paths."""
         a = self.arena
-        forest, most = a.forest(start, stop), a.looks(start, stop).most
+        forest, most = a.forest(start, stop), a.leaves(start, stop).most
         paths = index_paths(selection.on_path, forest.levels, most, a.scratch)
         if self.backend.trained:
             from k1.kernels.tree import FusedPathPass
@@ -304,8 +304,7 @@ class Engine:
             a["data_seed"][start:stop], STREAM_EXPLORE, step, measured.shape[1] + 1
         )
         last = a["last_culprit"][start:stop]
-        levels, looks = a.index(start, stop), a.looks(start, stop)
-        return select_paths(measured, last, step, uniform, levels, rules, looks)
+        return select_paths(measured, last, step, uniform, a.leaves(start, stop), rules)
 
     def _clip(
         self, start: int, stop: int, squares: Tensor, shared_grad: Tensor | None

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from k1.attribution import NEVER, Looks, SelectionRules, responsibilities, select_paths
+from k1.attribution import NEVER, SelectionRules, index_leaves, responsibilities, select_paths
 from k1.forward import read_text
-from k1.topology import Topology, index_levels
+from k1.topology import Topology
 from tests.reference import Reference, make_ragged, next_batch, shake
 
 SCALES, ROOT_SCALE = (1.0, 0.15, 0.05), 0.07
@@ -77,10 +78,11 @@ def run_select(tree, responsibility, last, step, top_k, cooldown, min_share, pic
         SCALES, ROOT_SCALE, min_share,
     )  # fmt: skip
     uniform = torch.full((1, 1 + slots), 0.5) if uniform is None else uniform
-    levels = index_levels([tree], torch.device("cpu"))
+    leaves = index_leaves([tree], [top_k], torch.device("cpu"))
+    leaves = replace(leaves, looks=torch.tensor([picks]), most=picks)
     return select_paths(
         torch.tensor([responsibility]), torch.tensor([last]), torch.tensor([step]), uniform,
-        levels, rules, Looks(torch.tensor([picks]), picks),
+        leaves, rules,
     )  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def test_cooldown_zero_lets_a_culprit_return_at_once(make):
 def test_without_exploration_the_path_follows_the_responsibilities(make, mode):
     trainer = shake(make_ragged(make(train={"top_k": 4, "cooldown": 2}, update={"mode": mode})))
     tree, arena = trainer.tree, trainer.arena
-    looks = arena.looks(0, 1)
+    looks = arena.leaves(0, 1)
     for step in range(15):
         last = arena["last_culprit"][0].tolist()
         report = trainer.step()

@@ -49,7 +49,8 @@ def test_a_path_gradient_is_the_full_gradient_of_the_leaf(make):
     text = read_text(batch, trainer.config)
     _, full, _, _ = engine.gradients(0, 1, batch, text)
     selection = engine._select(0, 1, arena["responsibility"])
-    _, grads, _, paths, _ = engine.path_gradients(0, 1, batch, text, selection)
+    done = engine.path_pass(0, 1, batch, text, selection)
+    grads, paths = done.gradients()[1], done.paths
     leaf = int(selection.culprits[0, 0])
     level = trainer.tree.blocks[leaf].level
     row = paths[level].slot[0].tolist().index(leaf)

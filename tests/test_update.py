@@ -114,10 +114,9 @@ def test_everything_at_scale_one_is_torch_adamw(make, mode, clip):
         text = read_text(batch, trainer.config)
         if mode == "sparse":  # the same numbers: Adam magnifies rounding where a gradient is tiny
             all_leaves = select(trainer, *range(4, 10))
-            _, grads, shared, paths, _ = trainer.engine.path_gradients(
-                0, 1, batch, text, all_leaves
-            )
-            rows = {int(s): g[0, i] for p, g in zip(paths, grads, strict=True)
+            done = trainer.engine.path_pass(0, 1, batch, text, all_leaves)
+            _, grads, shared = done.gradients()
+            rows = {int(s): g[0, i] for p, g in zip(done.paths, grads, strict=True)
                     for i, s in enumerate(p.slot[0])}  # fmt: skip
         else:
             _, grads, shared, _ = trainer.engine.gradients(0, 1, batch, text)
@@ -147,11 +146,10 @@ def both_gradients(trainer, selection):
     batch = next_batch(trainer)
     text = read_text(batch, trainer.config)
     loss, grads, shared, _ = trainer.engine.gradients(0, 1, batch, text)
-    part_loss, part, part_shared, paths, _ = trainer.engine.path_gradients(
-        0, 1, batch, text, selection
-    )
+    done = trainer.engine.path_pass(0, 1, batch, text, selection)
+    part_loss, part, part_shared = done.gradients()
     full, partial = {}, {}
-    for level, path in enumerate(paths):
+    for level, path in enumerate(done.paths):
         for row in range(path.slot.shape[1]):
             slot = int(path.slot[0, row])
             if slot == trainer.arena.scratch:
