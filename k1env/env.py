@@ -177,14 +177,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         """Carry out or try an action, then train for an interval.
 
         Raises:
-            ActionError: if the action is not in the table.
+            ActionError: if the action is no integer or not in the table.
             K1Error: if the episode is over.
         """
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
-        self.session.moves.look_up(int(action))
+        index = self.session.moves.look_up(action).index
         self._before = self.session.snapshot()
-        outcome = self.session.act(int(action))
+        outcome = self.session.act(index)
         price = self.settings.compute_price * outcome.spent / self.settings.interval
         reward = float(self.settings.reward_scale * outcome.fall - price)
         ended = self.session.finished
