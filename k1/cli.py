@@ -42,6 +42,13 @@ def optional(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
+def absolute_source(data: str) -> str:
+    """Make the path of a `--data` folder hold in any working directory."""
+    import os
+
+    return data if data in ("builtin", "hub") or not data else os.path.abspath(data)
+
+
 def prepare_torch(device: str) -> None:
     """Make runs reproducible on this machine, and set torch's threads up for small blocks.
 

@@ -259,7 +259,8 @@ class Trainer:
             data = load_data(dataclasses.replace(config.data, source=source))
         if data.fingerprint != state["data"]:
             raise CheckpointError(
-                f"{folder} was trained on other text than what was loaded: give the same --data"
+                f"{folder} was trained on other text than what was loaded: "
+                "give the same --data and --preset"
             )
         trainer = cls(config, data, seed=state["seed"], device=device, lanes=lanes)
         tree = Topology(config.model.level_capacity, config.model.max_children)

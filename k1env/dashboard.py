@@ -1,6 +1,6 @@
 """What a run shows while it goes on: a dashboard in a terminal, a log everywhere else.
 
-Both have one interface (`start`, `event`, `outcome`, `promotion`, `finish`), and both copy what
+Both have one interface (`start`, `event`, `outcome`, `promotion`), and both copy what
 they show in the calling thread, so a refresh never touches the device.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Sequence
+from typing import Self, TextIO
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -24,7 +23,7 @@ from rich.text import Text
 from k1 import display
 from k1.display import percent
 from k1env.boundary import STAGES
-from k1env.plain_log import PlainLog, final_report
+from k1env.plain_log import PlainLog
 from k1env.view import SessionView, bounds_lines, duration, evidence_line, loss_line, stage_lines
 from k1env.watch import Watch, banner_words
 
@@ -59,17 +58,6 @@ class Dashboard(Watch):
         """Stop drawing; the last picture stays."""
         self.activity = self.activity if any(error) else "finished"
         self._live.stop()
-
-    def finish(self, summary: Mapping[str, Any], run_dir: str | Path | None = None) -> None:
-        """Stop drawing and print the results."""
-        self.activity = "finished"
-        self._look()
-        self._live.stop()
-        report = final_report(summary, run_dir)
-        if self.console.options.ascii_only:
-            report = display.ascii_text(report)
-        framed = Panel(Text(report), title="K-1: the run is over", border_style="cyan")
-        self.console.print(framed if self.console.width >= 80 else Text(report))
 
     def _announce(self, stage: int) -> None:
         self._banner = (stage, self.clock() + BANNER_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from k1.arena import LaneState
+from k1.config import ModelConfig
 from k1.data import TextData, load_data
 from k1.errors import CheckpointError, K1Error
 from k1.trainer import Trainer, pick_device
@@ -78,8 +79,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     ## Arguments
     `preset` names a preset, `config` (`k1env.Settings`) replaces it, `data` is what
-    `k1.load_data` takes, or its result. `start` is a checkpoint folder of `k1.Trainer`, `device` is
-    auto, cpu or cuda, `ledger` logs decisions, `render_mode` is ansi, human or rgb_array.
+    `k1.load_data` takes, or its result. `start` is a checkpoint folder of `k1.Trainer` (with a
+    preset, its router is taken over; all else has to fit), `device` is auto, cpu or cuda, `ledger`
+    logs decisions, `render_mode` is ansi, human or rgb_array.
 
     ## Version history
     * v0: initial version.
@@ -123,7 +125,15 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             )
         self.device = pick_device(device)
         self.render_mode = render_mode
-        self._start = _read_start(start, self.settings, self.data)
+        self._start = None
+        if start is not None:
+            trainer = Trainer.load(start, self.data)
+            if config is None:  # a preset leaves open how siblings are mixed
+                router = trainer.config.model.router
+                system = self.settings.system.replace(model={"router": router})
+                self.settings = replace(self.settings, system=system)
+            _check_fit(start, trainer.config.model, self.settings.system.model)
+            self._start = trainer.arena.read_lane(0)
         self._ledger = ledger
         self._trained: dict[int, LaneState] = {}
         self._before: tuple[Any, Any] | None = None
@@ -177,14 +187,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         """Carry out or try an action, then train for an interval.
 
         Raises:
-            ActionError: if the action is not in the table.
+            ActionError: if the action is no integer or not in the table.
             K1Error: if the episode is over.
         """
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
-        self.session.moves.look_up(int(action))
+        index = self.session.moves.look_up(action).index
         self._before = self.session.snapshot()
-        outcome = self.session.act(int(action))
+        outcome = self.session.act(index)
         price = self.settings.compute_price * outcome.spent / self.settings.interval
         reward = float(self.settings.reward_scale * outcome.fall - price)
         ended = self.session.finished
@@ -303,20 +313,15 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         return None
 
 
-def _read_start(folder: str | Path | None, settings: Settings, data: TextData) -> LaneState | None:
-    """Read the system to start from.
+def _check_fit(folder: str | Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """See that a checkpoint is of the model that the settings describe.
 
     Raises:
-        CheckpointError: if it is damaged or does not fit.
+        CheckpointError: if not.
     """
-    if folder is None:
-        return None
-    trainer = Trainer.load(folder, data)
-    theirs, ours = trainer.config.model, settings.system.model
     for name, value in asdict(ours).items():
         if getattr(theirs, name) != value:
             raise CheckpointError(
                 f"{folder} does not fit: its model.{name} is {getattr(theirs, name)}, "
                 f"not {value}; use the preset that it was made with"
             )
-    return trainer.arena.read_lane(0)

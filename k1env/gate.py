@@ -90,8 +90,10 @@ class TrialResult:
     seeds_run: int
     lane_steps: int
     """Training steps spent, over all lanes."""
-    digests: tuple[str, ...] = ()
-    """One for each seed, over the batches that its twins saw."""
+    stream_digests: tuple[str, ...] = ()
+    """One for each seed, over what decides the training batches of its twins."""
+    window_digests: tuple[str, ...] = ()
+    """One for each seed, over the gate windows that its twins were scored on."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON data."""
@@ -107,7 +109,8 @@ class TrialResult:
             return Comparison(**{**table, "differences": tuple(table["differences"])})
 
         arms = {arm: comparison(data[arm]) for arm in ("control", "shadow")}
-        return cls(**{**data, **arms, "digests": tuple(data["digests"])})
+        digests = {name: tuple(data[name]) for name in ("stream_digests", "window_digests")}
+        return cls(**{**data, **arms, **digests})
 
 
 def compare(
@@ -183,7 +186,8 @@ class Gate:
         others = [CONTROL] + ([SHADOW] if shadow is not None else [])
         arms = [*others, CHEAT] if stop else [CONTROL, CHEAT, *others[1:]]
         scores: Scores = {arm: [] for arm in arms}
-        digests: list[str] = []
+        streams: list[str] = []
+        windows: list[str] = []
         lane_steps, done = 0, 0
         self.adopted = {}
         if progress:
@@ -200,9 +204,10 @@ class Gate:
                         arena["data_seed"][lanes[arm] + i] = fresh
                 change(lanes[CHEAT] + i)
                 self._check_twins([lanes[arm] + i for arm in arms])
+                streams.append(self._stream_digest(lanes[CONTROL] + i))
             lane_steps += self._train(arms, lanes, size, keep=done == 0, stop=stop)
-            group_digests, group_scores = self._score(arms, lanes, size, done, seed, mix, price)
-            digests += group_digests
+            group_windows, group_scores = self._score(arms, lanes, size, done, seed, mix, price)
+            windows += group_windows
             for arm in arms:
                 scores[arm] += group_scores[arm]
             done += size
@@ -210,7 +215,7 @@ class Gate:
                 progress(done, config.seeds)
             if self._hopeless(scores, stop):
                 break
-        return self._judge(scores, digests, done, lane_steps, stop)
+        return self._judge(scores, streams, windows, done, lane_steps, stop)
 
     def _check_twins(self, lanes: list[int]) -> None:
         """See that lanes will meet the same batches.
@@ -223,6 +228,13 @@ class Gate:
             first = arena[name][lanes[0]]
             same = all(torch.equal(arena[name][lane], first) for lane in lanes[1:])
             assert same, f"twins differ in {name}"
+
+    def _stream_digest(self, lane: int) -> str:
+        """Hash what a lane's training batches follow from."""
+        digest = hashlib.sha256()
+        for name in ("data_seed", "data_cursor", "mix"):
+            digest.update(self.engine.arena[name][lane].cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def _train(
         self, arms: list[str], lanes: dict[str, int], size: int, *, keep: bool, stop: bool
@@ -247,10 +259,14 @@ class Gate:
         mix: Sequence[float],
         price: Callable[[int], float],
     ) -> tuple[list[str], Scores]:
-        """Score all arms of a group on fresh windows, the same ones for each seed's arms."""
-        config, engine, arena = self.config, self.engine, self.engine.arena
+        """Score all arms of a group on fresh windows, the same ones for each seed's arms.
+
+        Returns:
+            A digest of each seed's windows, and the scores.
+        """
+        config, engine = self.config, self.engine
         seeds = [derive_seed("gate", seed, done + i) for i in range(size)]
-        device = arena.device
+        device = engine.arena.device
         row = torch.tensor(mix, dtype=torch.float32, device=device).expand(size, -1)
         batch = engine.store.sample(
             "gate",
@@ -260,11 +276,7 @@ class Gate:
             config.windows,
         )
         digests = [
-            hashlib.sha256(
-                f"{int(arena['data_seed'][lanes[CONTROL] + i])}/".encode()
-                + batch.inputs[i].cpu().numpy().tobytes()
-            ).hexdigest()
-            for i in range(size)
+            hashlib.sha256(batch.inputs[i].cpu().numpy().tobytes()).hexdigest() for i in range(size)
         ]
         every_arm = batch.map(lambda t: t.repeat(len(arms), *[1] * (t.dim() - 1)))
         stop = self.first + len(arms) * size
@@ -295,19 +307,30 @@ class Gate:
         return False
 
     def _judge(
-        self, scores: Scores, digests: list[str], done: int, lane_steps: int, stop: bool
+        self,
+        scores: Scores,
+        streams: list[str],
+        windows: list[str],
+        done: int,
+        lane_steps: int,
+        stop: bool,
     ) -> TrialResult:
         config = self.config
         control = compare(scores[CONTROL], scores[CHEAT], config, stop=stop)
         shadow = None
         if SHADOW in scores:
             shadow = compare(scores[SHADOW], scores[CHEAT], config, stop=stop)
-        distinct = len(set(digests)) == len(digests)
+        # Each by itself: fresh windows don't make up for batches met twice, nor the reverse.
+        same_stream = len(set(streams)) < len(streams)
+        same_windows = len(set(windows)) < len(windows)
+        distinct = not (same_stream or same_windows)
         accepted = distinct and control.passed and (shadow is None or shadow.passed)
         if accepted:
             reason = "improves" if not stop else "going on gains less than the margin"
-        elif not distinct:
-            reason = "two seeds saw the same batches"
+        elif same_stream:
+            reason = "two seeds were trained on the same batches"
+        elif same_windows:
+            reason = "two seeds were scored on the same windows"
         elif NOT_FINITE in (control, shadow):
             reason = "a loss was not finite"
         elif done < config.seeds:
@@ -317,4 +340,6 @@ class Gate:
         else:
             assert shadow is not None
             reason = f"beats the control but not the shadow (p = {shadow.p_value:.3g})"
-        return TrialResult(accepted, reason, control, shadow, done, lane_steps, tuple(digests))
+        return TrialResult(
+            accepted, reason, control, shadow, done, lane_steps, tuple(streams), tuple(windows)
+        )

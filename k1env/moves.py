@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import SupportsIndex
 
 from k1 import edits
 from k1.arena import Arena
@@ -24,17 +26,20 @@ class Moves:
     def _tree(self) -> Topology:
         return self.arena.trees[self.lane]
 
-    def look_up(self, index: int) -> Action:
-        """Find an action by its index.
+    def look_up(self, index: SupportsIndex) -> Action:
+        """Find an action by its index, an integer of any kind.
 
         Raises:
             ActionError: if there is none.
         """
-        if not 0 <= index < len(self.table):
-            raise ActionError(
-                f"action {index} is not in the table: choose 0 to {len(self.table) - 1}"
-            )
-        return self.table[index]
+        last = len(self.table) - 1
+        try:
+            number = operator.index(index)
+        except TypeError:  # 0.9 must not pass for 0
+            raise ActionError(f"action {index!r} is no integer: choose 0 to {last}") from None
+        if not 0 <= number <= last:
+            raise ActionError(f"action {number} is not in the table: choose 0 to {last}")
+        return self.table[number]
 
     def name(self, action: Action) -> str:
         """Name an action for people, with the block that it means now."""

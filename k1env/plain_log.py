@@ -71,10 +71,6 @@ class PlainLog(Watch):
             parts.append(f"{percent(display.ratio(view.spent, view.budget))} of budget")
         return " | ".join([*parts, duration(self.elapsed)])
 
-    def finish(self, summary: Mapping[str, Any], run_dir: str | Path | None = None) -> None:
-        """Print the results."""
-        self._say(final_report(summary, run_dir))
-
     def _announce(self, stage: int) -> None:
         words, frame = banner_words(stage), "=" * 78
         self._say("\n".join([frame, *(f"== {w:^72} ==" for w in words), frame]))

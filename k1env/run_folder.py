@@ -42,7 +42,9 @@ A run that was interrupted continues when its command is given again with --resu
 
 
 class RunFolder:
-    """The files of one run; use `create` or `open`.
+    """The files of one run of Phase 2; use `create` or `open`.
+
+    Phase 1 constructs one directly, without a record, for the lock, metrics and checkpoints.
 
     Attributes:
         path: The folder.
@@ -81,7 +83,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             with folder.lock():
-                folder._refuse_to_mix()
+                folder.refuse_to_mix()
                 write_atomically(path / _CONFIG, _pretty(record))
                 folder.checkpoints_path.mkdir(exist_ok=True)
                 write_atomically(path / _README, _README_TEXT.encode())
@@ -100,13 +102,13 @@ class RunFolder:
         """
         path = Path(path)
         if not path.is_dir():
-            raise K1Error(f"there is no run folder at {path}; check the path of --run-dir")
+            raise K1Error(f"there is no run folder at {path}; check the path")
         file = path / _CONFIG
         try:
             record = parse_json(file.read_bytes())
         except FileNotFoundError as error:
             raise K1Error(
-                f"{path} is no run folder, for it has no {_CONFIG}; check the path of --run-dir"
+                f"{path} is no run folder, for it has no {_CONFIG}; check the path"
             ) from error
         except (OSError, ValueError) as error:
             raise K1Error(
@@ -300,7 +302,12 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def _refuse_to_mix(self) -> None:
+    def refuse_to_mix(self) -> None:
+        """Sees that a new run finds an empty folder; call it with the lock.
+
+        Raises:
+            K1Error: There are files in it.
+        """
         for found in self.path.iterdir():
             # Our own lock, and what a start leaves that was killed before it had a config.json.
             if found.name == _LOCK or found.name.startswith(f".{_CONFIG}.tmp-"):

@@ -219,19 +219,19 @@ def _read_checkpoint(
     return tensors, state
 
 
-def open_env(folder: RunFolder, device: str) -> Phase2Env:
-    """Build the environment that a run was made in."""
+def open_env(folder: RunFolder, device: str, data: str | None = None) -> Phase2Env:
+    """Build the environment that a run was made in; `data` says where its text is now."""
     config = folder.config
     return Phase2Env(
         config=Settings.from_dict(config["settings"]),
-        data=config["arguments"]["data"],
+        data=config["arguments"]["data"] if data is None else data,
         start=config["arguments"]["start"],
         device=device,
     )
 
 
-def load_run(path: Path, device: str) -> Session:
-    """Load a run's system in its newest state, to look at it.
+def load_run(path: Path, device: str, data: str | None = None) -> Session:
+    """Load a run's system in its newest state, to look at it; `data` says where its text is now.
 
     Raises:
         K1Error: if the folder or its newest checkpoint is damaged, or the text is another.
@@ -240,7 +240,7 @@ def load_run(path: Path, device: str) -> Session:
     newest = latest_checkpoint(folder.checkpoints_path)
     if newest is None:
         raise CheckpointError(f"{path} has no checkpoint yet: run it first, or --resume it")
-    env = open_env(folder, device)
+    env = open_env(folder, device, data)
     tensors, state = _read_checkpoint(newest, env, folder)
     env.session.rebind(folder.config["arguments"]["seed"])
     env.session.restore(tensors, state["session"])

@@ -17,14 +17,14 @@ from k1.cli import optional, run
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run of Phase 2, or a checkpoint of Phase 1, in bits per byte."""
+    """Evaluate a run, or a checkpoint of Phase 1, in bits per byte."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of run_phase2.py, or checkpoint folder of train_phase1.py."""
+    """Run folder of run_phase2.py or train_phase1.py, or a checkpoint of the latter."""
     split: str = "test"
     """test (sealed until now: nothing in a run reads it) or validation."""
     data: Annotated[str | None, optional("SOURCE")] = None
-    """The text of a Phase 1 checkpoint, where it has moved since."""
+    """The text that the run was made on, where it has moved since."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False
@@ -33,6 +33,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Load the system, measure it, print a line per domain."""
+    from k1.checkpoint import latest_checkpoint
     from k1.cli import prepare_torch
     from k1.errors import K1Error
     from k1.trainer import Trainer, pick_device
@@ -44,9 +45,10 @@ def main(arguments: Arguments) -> int:
     if (arguments.run / "config.json").exists():
         from k1env.runner import load_run
 
-        trainer = load_run(arguments.run, device).trainer
+        trainer = load_run(arguments.run, device, arguments.data).trainer
     else:
-        trainer = Trainer.load(arguments.run, arguments.data, device=device)
+        newest = latest_checkpoint(arguments.run / "checkpoints")
+        trainer = Trainer.load(newest or arguments.run, arguments.data, device=device)
     bits = trainer.evaluate(arguments.split)
     if arguments.json:
         print(json.dumps({"split": arguments.split, "bits_per_byte": bits}))

@@ -40,7 +40,7 @@ class Arguments:
     device: Annotated[str | None, optional("NAME")] = None
     """auto (default), cpu or cuda."""
     start: Annotated[str | None, optional("DIR")] = None
-    """Checkpoint folder of train_phase1.py to start from, in place of a short Phase 1."""
+    """Checkpoint of train_phase1.py to start from (its router too), in place of a short Phase 1."""
     run_dir: Annotated[Path | None, optional("DIR")] = None
     """Run folder (default: runs/phase2-<date>-<time>)."""
     resume: bool = False
@@ -53,10 +53,15 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Set a run up or take it up again, drive it, and report."""
-    from k1.cli import prepare_torch
+    from k1.cli import absolute_source, prepare_torch
     from k1env.run_folder import RunFolder
 
     given = {name: getattr(arguments, name) for name in DEFAULTS}
+    # A run can be resumed and replayed in any working directory.
+    if given["data"] is not None:
+        given["data"] = absolute_source(given["data"])
+    if given["start"] is not None:
+        given["start"] = str(Path(given["start"]).absolute())
     folder = _open_folder(arguments) if arguments.resume else None
     settings = _settings(given, folder)
 
@@ -80,9 +85,8 @@ def main(arguments: Arguments) -> int:
     device = pick_device(settings["device"] if folder is None else folder.config["device"]).type
     prepare_torch(device)
     env = Phase2Env(
-        config=Settings.preset(settings["preset"])
-        if folder is None
-        else Settings.from_dict(folder.config["settings"]),
+        settings["preset"],
+        config=None if folder is None else Settings.from_dict(folder.config["settings"]),
         data=settings["data"],
         start=settings["start"],
         device=device,

@@ -25,8 +25,8 @@ from k1env.settings import Settings
 from tests.conftest import DOMAINS, markov_documents
 
 ROOT = Path(__file__).parent.parent
-RUN, REPLAY, PHASE_1 = (
-    ROOT / "scripts" / name for name in ("run_phase2.py", "replay.py", "train_phase1.py")
+RUN, REPLAY, PHASE_1, EVALUATE = (
+    ROOT / "scripts" / f"{name}.py" for name in ("run_phase2", "replay", "train_phase1", "evaluate")
 )
 QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)
 

@@ -90,6 +90,12 @@ def test_no_file_is_too_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
+def test_the_documentation_lists_every_module() -> None:
+    text = (ROOT / "docs" / "development.md").read_text()
+    names = {path.stem for path in SOURCES} - {"__init__"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+
+
 # There may be none yet, which pytest would report as a skipped test.
 @pytest.mark.parametrize("path", SCRIPTS or [None], ids=lambda path: path and name_of(path))
 def test_importing_a_script_does_nothing(path: Path | None) -> None:

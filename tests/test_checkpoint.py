@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from k1 import checkpoint
 from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from k1.errors import CheckpointError
+from tests import helpers
+from tests.helpers import CHECKPOINT_FILES as FILES
+from tests.helpers import save_step, value_of
 
-FILES = ("tensors.safetensors", "state.json", "manifest.json")
 STATE = {
     "step": 3,
     "name": "Wurzel \N{SNOWMAN}",
@@ -57,24 +59,8 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return same_kind and torch.equal(raw(left), raw(right))
 
 
-def save_step(parent: Path, step: int, value: float | None = None) -> Path:
-    tensors = {"weight": torch.full((64,), float(step if value is None else value))}
-    return save_checkpoint(parent / f"step-{step:08d}", tensors, {"step": step}, kind="test")
-
-
-def value_of(folder: Path) -> float:
-    tensors, _ = load_checkpoint(folder, kind="test")
-    assert len(set(tensors["weight"].tolist())) == 1
-    return tensors["weight"][0].item()
-
-
 def refusal(folder: Path, kind: str = "test") -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder, kind=kind)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "; " in message, "a message has a cause and a remedy"
-    return message
+    return helpers.refusal(lambda: load_checkpoint(folder, kind=kind), CheckpointError)
 
 
 def test_everything_comes_back_bit_by_bit(tmp_path: Path) -> None:

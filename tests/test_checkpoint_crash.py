@@ -2,37 +2,21 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from k1 import checkpoint
-from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
 from k1.errors import CheckpointError
-
-FILES = ("tensors.safetensors", "state.json", "manifest.json")
+from tests.helpers import CHECKPOINT_FILES as FILES
+from tests.helpers import save_step, steps_before_a_kill, value_of
 
 
 class Crash(BaseException):
     """Stands for the end of the process: no handler of ordinary errors may stop it."""
-
-
-def save_step(parent: Path, step: int, value: float | None = None) -> Path:
-    tensors = {"weight": torch.full((64,), float(step if value is None else value))}
-    return save_checkpoint(parent / f"step-{step:08d}", tensors, {"step": step}, kind="test")
-
-
-def value_of(folder: Path) -> float:
-    tensors, _ = load_checkpoint(folder, kind="test")
-    assert len(set(tensors["weight"].tolist())) == 1
-    return tensors["weight"][0].item()
 
 
 CALLS = ("open", "fsync", "mkdir", "rename", "rmdir", "unlink")
@@ -164,17 +148,7 @@ for step in itertools.count():
 def test_a_killed_process_leaves_complete_checkpoints(tmp_path: Path) -> None:
     for trial, delay in enumerate((0.0, 0.013, 0.037)):
         parent = tmp_path / str(trial)
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOREVER, str(parent)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        assert process.stdout is not None
-        with process:
-            done = [int(process.stdout.readline()) for _ in range(3)][-1]
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+        done = steps_before_a_kill(SAVE_FOREVER, parent, 3, delay)
         overwritten = latest_checkpoint(parent)
         assert overwritten == parent / "step-99999999"
         assert value_of(overwritten) >= done

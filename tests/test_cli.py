@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from k1.checkpoint import load_checkpoint
 from k1.data import load_data
 from k1.trainer import Trainer
+from k1env.run_folder import RunFolder
 from tests.phase2_helpers import (
+    EVALUATE,
     PHASE_1,
     REPLAY,
     ROOT,
@@ -127,6 +131,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flip(here / "bad ledger" / "ledger.jsonl")
     torch.set_num_threads(1)
     Trainer(quick().system, load_data(text), seed=0).save(here / "start")
+    one = call(PHASE_1, "--preset", "tiny", "--data", text, "--steps", 4, "--every", 2,
+               "--run-dir", here / "one")  # fmt: skip
+    assert one.returncode == 0, one.stderr
     shutil.copytree(here / "start", here / "bad start")
     flip(here / "bad start" / "tensors.safetensors")
     (here / "used").mkdir()
@@ -160,7 +167,7 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "other start": (RUN, fresh(start="{}/start", preset="cpu"), "does not fit"),
     "used folder": (RUN, fresh(**{"run-dir": "{}/used"}), "--run-dir"),
     "used run": (RUN, fresh(**{"run-dir": "{}/open"}), "--resume"),
-    "no run": (RUN, again("nowhere"), "check the path of --run-dir"),
+    "no run": (RUN, again("nowhere"), "check the path"),
     "bad checkpoint": (RUN, again("bad checkpoint"), "tensors.safetensors"),
     "bad ledger": (RUN, again("bad ledger"), "ledger.jsonl is bad"),
     "other seed": (RUN, again("open", "--seed", "5"), "was made with --seed 0, not 5"),
@@ -175,6 +182,18 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "phase 1 mode": (PHASE_1, fresh(mode="lazy"), "update.mode"),
     "phase 1 domain": (PHASE_1, fresh(domains="nope"), "impossible mix"),
     "phase 1 resume": (PHASE_1, [*fresh(), "--resume"], "leave --resume out to start"),
+    "phase 1 no run": (PHASE_1, ["--resume"], "name it by --run-dir"),
+    "phase 1 other lr": (
+        PHASE_1,
+        again("one", "--preset", "tiny", "--data", "{}/text", "--lr", "0.5"),
+        "was made with train.lr 0.001, not 0.5",
+    ),
+    "phase 1 other domains": (
+        PHASE_1,
+        again("one", "--preset", "tiny", "--data", "{}/text", "--domains", "beta"),
+        "was made with --domains alpha,beta,gamma, not beta: give the same options again",
+    ),
+    "evaluate other data": (EVALUATE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
 
@@ -267,10 +286,11 @@ def test_a_finished_run_says_so(place: Path) -> None:
 
 
 def test_a_time_limit_ends_a_run(place: Path, tmp_path: Path) -> None:
-    prepare_run(tmp_path / "run", place / "text", policy="noop", max_decisions=400)
-    done = call(RUN, "--run-dir", tmp_path / "run", "--resume", "--max-minutes", "0.005", "--json")
+    # Seconds enough for a decision on a busy machine, and far too few for all of them anywhere.
+    prepare_run(tmp_path / "run", place / "text", policy="noop", max_decisions=40_000, budget=10**6)
+    done = call(RUN, "--run-dir", tmp_path / "run", "--resume", "--max-minutes", "0.05", "--json")
     summary = json.loads(done.stdout)
-    assert summary["stop_reason"] == "time budget spent" and 1 <= summary["decisions"] < 400
+    assert summary["stop_reason"] == "time budget spent" and 1 <= summary["decisions"] < 40_000
     assert call(REPLAY, tmp_path / "run").returncode == 0
 
 
@@ -293,17 +313,87 @@ def test_ctrl_c_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
     assert not (run / "summary.json").exists()
 
 
-def test_phase_1_makes_a_start_for_phase_2(place: Path, tmp_path: Path) -> None:
-    one = tmp_path / "one"
-    done = call(PHASE_1, "--steps", 4, "--every", 2, "--preset", "tiny", "--data", place / "text",
-                "--run-dir", one)  # fmt: skip
+@pytest.mark.parametrize("router", ["learned", "evidence"])
+def test_phase_1_prints_the_command_that_starts_phase_2(
+    place: Path, tmp_path: Path, router: str
+) -> None:
+    text = tmp_path / "some text"
+    text.symlink_to(place / "text")
+    done = call(PHASE_1, "--steps", 4, "--every", 2, "--preset", "tiny", "--data", "some text",
+                "--router", router, "--run-dir", "phase one", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    start = one / "checkpoints" / "step-00000004"
-    assert start.is_dir() and f"--start {start}" in done.stdout
-    assert len((one / "metrics.jsonl").read_text().splitlines()) == 2
-    options = ("--preset", "tiny", "--data", place / "text", "--policy", "noop", "--json")
-    done = call(
-        RUN, *options, "--start", start, "--run-dir", tmp_path / "two", "--max-minutes", 1e-5
-    )
+    words = shlex.split(done.stdout.splitlines()[-1].partition("python scripts/")[2])
+    assert words[0] == RUN.name and words[words.index("--data") + 1] == str(text)
+    more = ("--policy", "noop", "--json", "--max-minutes", 1e-5, "--run-dir", "two")
+    done = call(RUN, *words[1:], *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train_steps"] >= 4
+    settings = RunFolder.open(tmp_path / "two").config["settings"]
+    assert settings["system"]["model"]["router"] == router
+
+
+def test_a_run_that_was_given_relative_paths_works_from_anywhere(
+    place: Path, tmp_path: Path
+) -> None:
+    options = ("--preset", "tiny", "--policy", "noop", "--max-minutes", 1e-5)
+    done = call(RUN, *options, "--data", "text", "--start", "one/checkpoints/step-00000004",
+                "--run-dir", tmp_path / "run", cwd=place)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stored = RunFolder.open(tmp_path / "run").config["arguments"]
+    assert stored["data"] == str(place / "text")
+    assert stored["start"] == str(place / "one" / "checkpoints" / "step-00000004")
+    assert call(REPLAY, tmp_path / "run", cwd=tmp_path).returncode == 0
+    more = ("--run-dir", tmp_path / "run", "--resume", "--max-minutes", 1e-5)
+    assert call(RUN, *more, "--data", "../text", cwd=place / "one").returncode == 0
+    done = call(EVALUATE, tmp_path / "run", "--json", cwd=tmp_path)
+    assert set(json.loads(done.stdout)["bits_per_byte"]) == {"alpha", "beta", "gamma"}
+
+
+# -- phase 1 ------------------------------------------------------------------------------------
+
+
+def phase_1(place: Path, run: Path, steps: int, *more: object) -> Any:
+    return call(PHASE_1, "--steps", steps, "--every", 2, "--preset", "tiny", "--data",
+                place / "text", "--run-dir", run, *more)  # fmt: skip
+
+
+def phase_1_metrics(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "milliseconds"} for row in rows]
+
+
+def test_a_killed_phase_1_goes_on_as_if_nothing_had_happened(place: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ("--domains", "alpha,gamma")
+    assert phase_1(place, whole, 8, *options).returncode == 0
+    assert phase_1(place, parts, 6, *options).returncode == 0
+    # As a kill leaves it: metrics beyond the newest checkpoint, the last line torn.
+    shutil.rmtree(parts / "checkpoints" / "step-00000006")
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    done = phase_1(place, parts, 8, *options, "--resume")
+    assert done.returncode == 0 and "goes on from step 4" in done.stdout, done.stderr
+    assert phase_1_metrics(parts) == phase_1_metrics(whole)
+    assert [row["step"] for row in phase_1_metrics(parts)] == [2, 4, 6, 8]
+    ends = [load_checkpoint(run / "checkpoints" / "step-00000008", kind="trainer")[0]
+            for run in (whole, parts)]  # fmt: skip
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_phase_1_killed_before_its_first_checkpoint_starts_over(
+    place: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "run.lock").write_text("1\n")
+    assert "continue its run with --resume" in phase_1(place, tmp_path, 2).stderr
+    done = phase_1(place, tmp_path, 2, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in phase_1_metrics(tmp_path)] == [2]
+
+
+def test_two_cannot_write_one_phase_1(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "one", tmp_path / "one")
+    with RunFolder(tmp_path / "one", {}).lock():
+        done = phase_1(place, tmp_path / "one", 6, "--resume")
+    assert done.returncode == 2
+    assert f"is being written by process {os.getpid()}" in done.stderr

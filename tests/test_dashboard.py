@@ -17,6 +17,7 @@ from k1env.gate import GateConfig
 from k1env.plain_log import PlainLog, final_report
 from k1env.session import Session
 from k1env.settings import Settings
+from tests.helpers import write_two_domains
 
 SIZES = [(40, 15), (80, 24), (120, 40), (20, 5), (200, 60), (100, 33)]
 SUMMARY: dict[str, Any] = {
@@ -66,16 +67,7 @@ def settings() -> Settings:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for number, domain in enumerate(("prose", "code")):
-        (folder / domain).mkdir()
-        for split, size in (("train", 120), ("validation", 60), ("test", 60)):
-            documents = (
-                f"{domain} {split} document {i}: " + f"word{(i * 7 + number) % 23} and more. " * 12
-                for i in range(size)
-            )
-            (folder / domain / f"{split}.txt").write_text("\n\n".join(documents))
-    return folder
+    return write_two_domains(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
@@ -210,7 +202,6 @@ def test_an_ascii_terminal_gets_ascii(ready: Session) -> None:
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         board = watched(ready, Dashboard(console(*size, file=stream)))
         assert "".join(picture(board)).isascii()
-        board.finish(SUMMARY)
         stream.flush()
 
 
@@ -245,8 +236,7 @@ def test_a_live_terminal_is_left_in_order(session: Session) -> None:
     assert stream.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
     with Dashboard(console(file=stream)) as board:
         played(session, board)
-        board.finish(SUMMARY, "runs/1")
-    assert "the run is over" in stream.getvalue() and "runs/1" in stream.getvalue()
+    assert "finished" in stream.getvalue()
 
 
 def test_the_log_has_a_line_for_each_decision(session: Session) -> None:
@@ -259,7 +249,6 @@ def test_the_log_has_a_line_for_each_decision(session: Session) -> None:
         for label in ("no-op", "prune 25%"):
             log.outcome(act(session, label))
         log.promotion(2)
-        log.finish(SUMMARY, "runs/1")
     lines = stream.getvalue().splitlines()
     decisions = [line for line in lines if line.startswith("decision ")]
     assert decisions[0].startswith("decision 0 | stage 1 | E 1 | no-op | permitted | ")
@@ -269,7 +258,6 @@ def test_the_log_has_a_line_for_each_decision(session: Session) -> None:
     assert "permits no deletion" in lines[lines.index(decisions[1]) + 1]
     banner = [i for i, line in enumerate(lines) if line == "=" * 78]
     assert len(banner) == 2 and "STAGE 2 OF 4 REACHED" in lines[banner[0] + 1]
-    assert lines[-1].endswith("replay.py runs/1")
 
 
 def test_a_promotion_comes_after_its_decision(session: Session) -> None:
@@ -338,4 +326,5 @@ def test_the_report_says_how_it_went() -> None:
         "1,234 steps in 1:15",
     ):
         assert words in report
+    assert report.endswith("replay.py runs/1")
     assert final_report({}).startswith("Stage reached    1 of 4")

@@ -1,8 +1,5 @@
 """Tokens, pools, folders and the hub."""
 
-import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k1.data import POOLS, BpeTokenizer, ByteTokenizer, DataConfig, TextData, Tokenizer, load_data
+from k1.data import POOLS, BpeTokenizer, ByteTokenizer, DataConfig, TextData, load_data
 from k1.data import hub as hub_module
 from k1.data.documents import Document, split_documents, total_size
 from k1.data.pools import build_pools, carve
 from k1.errors import ConfigError, DataError
+from tests.helpers import loaded_modules
 
 SPLITS = ("train", "validation", "test")
 
@@ -89,21 +87,6 @@ def test_bpe_merges_and_is_deterministic(bpe: BpeTokenizer) -> None:
     assert bpe.token_bytes.min() == 1
     text = story("alpha", "train", 1)
     assert len(bpe.encode(text)) < len(text.encode()) / 2
-
-
-def test_tokenizers_survive_json(bpe: BpeTokenizer) -> None:
-    for tokenizer in (bpe, ByteTokenizer()):
-        copy = Tokenizer.from_json(tokenizer.to_json())
-        assert type(copy) is type(tokenizer)
-        assert copy.identity == tokenizer.identity
-        assert copy.encode("naïve text").tolist() == tokenizer.encode("naïve text").tolist()
-    assert isinstance(BpeTokenizer.from_json(bpe.to_json()), BpeTokenizer)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"type": "x"}', '{"type": "bpe", "model": {}}'])
-def test_damaged_tokenizer_json_is_a_data_error(text: str) -> None:
-    with pytest.raises(DataError, match="train it anew"):
-        Tokenizer.from_json(text)
 
 
 def test_bytes_that_are_no_text_decode_to_a_replacement() -> None:
@@ -319,13 +302,7 @@ def test_empty_source() -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, k1.data; "
-        "print([m for m in ('torch', 'datasets', 'tokenizers') if m in sys.modules])"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert loaded_modules("import k1.data", ("torch", "datasets", "tokenizers")) == []
 
 
 # --- hub ----------------------------------------------------------------------------------
@@ -428,7 +405,3 @@ def test_cache_that_cannot_be_written(hub: list[str], monkeypatch: pytest.Monkey
     monkeypatch.setenv("K1_CACHE", "/proc/nowhere")
     with pytest.raises(DataError, match="set K1_CACHE"):
         load_data("hub")
-
-
-def test_saved_json_is_plain(bpe: BpeTokenizer) -> None:
-    assert json.loads(bpe.to_json())["type"] == "bpe"

@@ -2,10 +2,7 @@
 
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +11,7 @@ from k1.data.builtin import read_builtin
 from k1.data.prose import Prose
 from k1.data.python_source import read_python
 from k1.errors import DataError
+from tests.helpers import loaded_modules
 
 SMALL = 150_000
 
@@ -75,13 +73,8 @@ def bigrams(text: str) -> list[str]:
 
 
 def test_nothing_is_imported_to_be_read() -> None:
-    code = (
-        "import sys; from k1.data.builtin import read_builtin; read_builtin(100_000); "
-        "print([m for m in ('torch', 'scipy', 'sympy', 'datasets') if m in sys.modules])"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    code = "from k1.data.builtin import read_builtin; read_builtin(100_000)"
+    assert loaded_modules(code, ("torch", "scipy", "sympy", "datasets")) == []
 
 
 def test_too_little_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

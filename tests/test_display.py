@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,23 +11,12 @@ from k1 import display
 from k1.config import Config
 from k1.data import load_data
 from k1.trainer import Trainer
-
-
-def write_text(folder: Path) -> Path:
-    for number, domain in enumerate(("prose", "code")):
-        (folder / domain).mkdir(parents=True)
-        for split, size in (("train", 120), ("validation", 60), ("test", 60)):
-            documents = (
-                f"{domain} {split} document {i}: " + f"word{(i * 7 + number) % 23} and more. " * 12
-                for i in range(size)
-            )
-            (folder / domain / f"{split}.txt").write_text("\n\n".join(documents))
-    return folder
+from tests.helpers import write_two_domains
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    data = load_data(write_text(tmp_path_factory.mktemp("text")))
+    data = load_data(write_two_domains(tmp_path_factory.mktemp("text")))
     made = Trainer(Config.preset("tiny"), data, seed=1)
     made.train(12)
     return made

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import k1env
 from k1.data import TextData
@@ -65,13 +64,18 @@ def alike(one: Any, other: Any) -> bool:
 # -- the interface ------------------------------------------------------------------------------
 
 
-def test_both_checkers_have_nothing_to_say(data: TextData) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        settings = quick(phase1_steps=0, max_decisions=6)
-        env = gym.make(k1env.ENV_ID, config=settings, data=data, disable_env_checker=True).unwrapped
-        check_env(env)
-        sb3_check_env(env, warn=True)
+def unchecked(data: TextData) -> gym.Env[Any, Any]:
+    settings = quick(phase1_steps=0, max_decisions=6)
+    return gym.make(k1env.ENV_ID, config=settings, data=data, disable_env_checker=True).unwrapped
+
+
+def test_gymnasiums_checker_has_nothing_to_say(data: TextData) -> None:
+    check_env(unchecked(data))
+
+
+def test_stable_baselines_checker_has_nothing_to_say(data: TextData) -> None:
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    checker.check_env(unchecked(data), warn=True)
 
 
 def test_it_is_registered(data: TextData) -> None:
@@ -232,20 +236,29 @@ def test_ends(env: Phase2Env) -> None:
     assert info["stop_reason"] == "compute budget spent"
 
 
-@pytest.mark.parametrize("action", [-1, 48, 10**6])
-def test_an_action_outside_the_table_changes_nothing(env: Phase2Env, action: int) -> None:
+@pytest.mark.parametrize(
+    "action",
+    [-1, 48, 10**6, 0.9, 1.0, np.float32(1), math.nan, "1", None, np.array([1]), np.True_],
+    ids=repr,
+)
+def test_an_action_outside_the_table_changes_nothing(env: Phase2Env, action: Any) -> None:
     step(env, "no-op")
     before = state_of(env)
-    with pytest.raises(ActionError):
+    assert not env.action_space.contains(action)
+    with pytest.raises(ActionError, match="choose 0 to 47"):
         env.step(action)
+    with pytest.raises(ActionError, match="choose 0 to 47"):
+        env.peek(action)
     assert state_of(env) == before
     env.undo()
     assert env.session.decision == 0, "the step before can still be taken back"
 
 
-def test_numpy_actions_are_welcome(env: Phase2Env) -> None:
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint8, np.array])
+def test_numpy_actions_are_welcome(env: Phase2Env, kind: Any) -> None:
     twin = env.fork()
-    assert alike(env.step(np.int64(1)), twin.step(1))
+    assert env.action_space.contains(kind(1))
+    assert alike(env.step(kind(1)), twin.step(1))
 
 
 # -- seeds and starts ---------------------------------------------------------------------------
@@ -307,7 +320,8 @@ def test_looking_ahead_does_not_tell_which_attempt_is_lucky(env: Phase2Env) -> N
     for each in (twin, twin.fork(), env):
         step(each, REFUSED)
         assert each.session.last is not None and each.session.last.trial is not None
-        draws += each.session.last.trial.digests
+        trial = each.session.last.trial
+        draws += trial.window_digests + trial.stream_digests
         streams.append(int(each.session.gate.adopted["control"].tensors["data_seed"]) == own)
     assert len(set(draws)) == len(draws) and streams == [False, False, True]
 
@@ -368,9 +382,10 @@ def test_a_cheat_that_was_undone_counts_as_a_failure(
     assert (boundary.attempted, boundary.accepted, boundary.successes) == (1, 0, 0)
     assert boundary.evidence == 10 / 11 and info["evidence"] == 10 / 11
     assert boundary.bounds.lr == (1e-4, 1e-2)
-    first = entry(env.session, "outcome")["trial"]["digests"]
+    first = entry(env.session, "outcome")["trial"]["window_digests"]
     step(env, "tune lr x2")
-    assert entry(env.session, "outcome")["trial"]["digests"] != first, "no second look at one draw"
+    second = entry(env.session, "outcome")["trial"]["window_digests"]
+    assert not set(first) & set(second), "no second look at one draw"
 
 
 def test_the_end_can_be_undone(env: Phase2Env) -> None:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from k1 import edits
 from k1.data import TextData
+from k1.rng import derive_seed
 from k1env.gate import (
     CHEAT,
     CONTROL,
@@ -134,14 +135,18 @@ def test_twins_see_the_same_batches_and_seeds_others(
         assert control == shadow
         streams += [tuple(control[i : i + 4]) for i in range(0, 16, 4)]
     assert len(set(streams)) == result.seeds_run == 8, "each seed has batches of its own"
-    assert len(set(result.digests)) == 8
+    assert len(set(result.stream_digests)) == len(set(result.window_digests)) == 8
     flat = [window for rows in record["gate"].values() for window in rows]
     assert len(set(flat)) == 8, "fresh windows to score each seed on"
 
 
 def test_another_attempt_is_scored_on_other_windows(base: Session) -> None:
-    one, same, other = (trial(base, nothing, seed=seed).digests for seed in (1, 1, 2))
+    results = [trial(base, nothing, seed=seed) for seed in (1, 1, 2)]
+    one, same, other = (result.window_digests for result in results)
     assert one == same and not set(one) & set(other)
+    one, same, other = (result.stream_digests for result in results)
+    assert one == same and not set(one[1:]) & set(other[1:])
+    assert one[0] == other[0], "the first twins go on with the main stream"
 
 
 def test_the_first_twins_go_on_with_the_main_stream(base: Session) -> None:
@@ -157,12 +162,20 @@ def test_the_first_twins_go_on_with_the_main_stream(base: Session) -> None:
     assert kept.tree.to_dict() == wanted.tree.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("stuck", "reason"), [("trial", "trained on the same batches"), ("gate", "the same windows")]
+)
 def test_equal_batches_in_two_seeds_are_refused(
-    slow: Session, monkeypatch: pytest.MonkeyPatch
+    slow: Session, monkeypatch: pytest.MonkeyPatch, stuck: str, reason: str
 ) -> None:
-    monkeypatch.setattr("k1env.gate.derive_seed", lambda *_: 5)
+    """Training batches and windows are checked apart: other windows excuse no equal batches."""
+
+    def derive(purpose: str, *rest: Any) -> int:
+        return 5 if purpose == stuck else derive_seed(purpose, *rest)
+
+    monkeypatch.setattr("k1env.gate.derive_seed", derive)
     result = trial(slow, faster(slow))
-    assert not result.accepted and result.reason == "two seeds saw the same batches"
+    assert not result.accepted and reason in result.reason
     assert result.control is not None and result.control.passed
 
 

@@ -4,9 +4,6 @@ import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ from hypothesis import strategies as st
 
 from k1.errors import LedgerError
 from k1env.ledger import GENESIS, Entry, Ledger, read_ledger
+from tests import helpers
+from tests.helpers import steps_before_a_kill
 
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -53,12 +52,7 @@ def head_after(path: Path, index: int) -> str:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(LedgerError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "; " in message, "a message has a cause and a remedy"
-    return message
+    return helpers.refusal(call, LedgerError)
 
 
 @pytest.fixture
@@ -352,16 +346,7 @@ for step in itertools.count():
 
 
 def test_a_killed_run_loses_no_entry_that_was_confirmed(path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", APPEND_FOREVER, str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert process.stdout is not None
-    with process:
-        confirmed = [int(process.stdout.readline()) for _ in range(30)][-1]
-        process.send_signal(signal.SIGKILL)
+    confirmed = steps_before_a_kill(APPEND_FOREVER, path, 30)
     ledger = Ledger.resume(path, index=0, head=GENESIS)
     assert ledger.pending > confirmed
     for step in range(ledger.pending + 5):

@@ -4,36 +4,24 @@ import importlib.util
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from k1 import display
-from k1.data import TextData, load_data
+from k1.data import load_data
 from k1.errors import K1Error
 from k1env import render, view
 from k1env.gate import Comparison, GateConfig, TrialResult
 from k1env.outcome import Outcome
 from k1env.session import Session
 from k1env.settings import Settings
+from tests.helpers import write_two_domains
 
 needs_pillow = pytest.mark.skipif(
     importlib.util.find_spec("PIL") is None, reason="takes Pillow: pip install k1[viz]"
 )
-
-
-def write_text(folder: Path) -> TextData:
-    for number, domain in enumerate(("prose", "code")):
-        (folder / domain).mkdir(parents=True)
-        for split, size in (("train", 120), ("validation", 60), ("test", 60)):
-            documents = (
-                f"{domain} {split} document {i}: " + f"word{(i * 7 + number) % 23} and more. " * 12
-                for i in range(size)
-            )
-            (folder / domain / f"{split}.txt").write_text("\n\n".join(documents))
-    return load_data(folder)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +32,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
         phase1_steps=4,
         interval=2,
     )
-    made = Session(settings, write_text(tmp_path_factory.mktemp("text")), seed=3)
+    made = Session(settings, load_data(write_two_domains(tmp_path_factory.mktemp("text"))), seed=3)
     made.begin()
     made.act(0)
     made.act(next(a.index for a in made.table if a.label == "prune 25%"))

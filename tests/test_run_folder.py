@@ -5,28 +5,18 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from k1.errors import K1Error
 from k1env.run_folder import RunFolder
+from tests.helpers import refusal
 
 CONFIG = {"seed": 3, "model": {"branching": [4, 3, 2], "lr": 0.1}, "name": "Größe"}
 COMMAND = ["python", "scripts/run_phase2.py", "--seed", "3"]
 ROOT = Path(__file__).parent.parent
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(K1Error) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "; " in message, "a message has a cause and a remedy"
-    return message
 
 
 @pytest.fixture

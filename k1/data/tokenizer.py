@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
-from k1.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -42,26 +39,9 @@ class Tokenizer(ABC):
     def decode(self, ids: Ids) -> str:
         """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
 
-    @abstractmethod
-    def to_json(self) -> str:
-        """Return the tokenizer as text that `Tokenizer.from_json` understands."""
-
     def encode_all(self, texts: Sequence[str]) -> Iterator[npt.NDArray[Any]]:
         """Yield the token ids of each text."""
         return map(self.encode, texts)
-
-    @staticmethod
-    def from_json(text: str) -> Tokenizer:
-        """Rebuild a tokenizer saved by `to_json`."""
-        try:
-            saved = json.loads(text)
-            if saved["type"] == "bytes":
-                return ByteTokenizer()
-            if saved["type"] == "bpe":
-                return BpeTokenizer(json.dumps(saved["model"], ensure_ascii=False))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"not a saved tokenizer ({error}); train it anew") from error
-        raise DataError(f'saved tokenizer is of unknown type "{saved["type"]}"; train it anew')
 
 
 class ByteTokenizer(Tokenizer):
@@ -83,23 +63,15 @@ class ByteTokenizer(Tokenizer):
         """Return the text of UTF-8 bytes."""
         return _as_array(ids).astype(np.uint8).tobytes().decode(errors="replace")
 
-    def to_json(self) -> str:
-        """Return the tokenizer as JSON."""
-        return json.dumps({"type": "bytes"})
-
 
 class BpeTokenizer(Tokenizer):
     """A byte-level BPE of the `tokenizers` library, without special tokens."""
 
-    def __init__(self, model_json: str) -> None:
-        """Wrap a tokenizer given in the JSON format of the `tokenizers` library."""
-        try:
-            self._model = _load_model(model_json)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"not a BPE tokenizer ({error}); train it anew") from error
-        self._json = self._model.to_str()
-        self.vocab_size = self._model.get_vocab_size()
-        self.identity = "bpe:" + hashlib.sha256(self._json.encode()).hexdigest()
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        """Wrap a tokenizer of the `tokenizers` library."""
+        self._model = model
+        self.vocab_size = model.get_vocab_size()
+        self.identity = "bpe:" + hashlib.sha256(model.to_str().encode()).hexdigest()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
@@ -123,7 +95,7 @@ class BpeTokenizer(Tokenizer):
             show_progress=False,
         )
         model.train_from_iterator(texts, trainer)
-        return cls(model.to_str())
+        return cls(model)
 
     @property
     def token_bytes(self) -> npt.NDArray[np.int32]:
@@ -147,17 +119,6 @@ class BpeTokenizer(Tokenizer):
     def decode(self, ids: Ids) -> str:
         """Return the text of token ids."""
         return self._model.decode(_as_array(ids).tolist(), skip_special_tokens=False)
-
-    def to_json(self) -> str:
-        """Return the tokenizer as JSON."""
-        model = json.loads(self._json)
-        return json.dumps({"type": "bpe", "model": model}, ensure_ascii=False)
-
-
-def _load_model(model_json: str) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer as Model
-
-    return Model.from_str(model_json)
 
 
 def _as_array(ids: Ids) -> npt.NDArray[Any]:
