@@ -51,7 +51,8 @@ def test_ordinary_modules_compute_the_same_loss_and_gradients(make, router, ragg
     expected = named_as_modules(grads, trainer.tree)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
-        assert parameter.grad.abs().max() > 1e-5, name
+        lone_child = "router" in name and len(parameter) == 1  # its weight is 1, whatever it says
+        assert lone_child or parameter.grad.abs().max() > 1e-5, name
 
 
 def test_all_variants_see_the_batches_that_the_engine_draws(make):

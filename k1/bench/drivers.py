@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k1.arena import Arena
+from k1.arena import Arena, LaneState
 from k1.bench.stock import StockTrainer, fresh_tree
 from k1.bench.variants import Variant
 from k1.config import Config, UpdateConfig
@@ -134,6 +135,7 @@ class StockDriver(_Drawn):
             config,
             autocast=variant.autocast,
             compiled=variant.compiled,
+            regional=variant.regional,
             toggle=variant.toggle,
         )
 
@@ -231,18 +233,26 @@ class FrozenDriver(Driver):
                 self.graph.replay()
 
 
+@functools.lru_cache(maxsize=1)
+def _fresh_lane(config: Config, vocab_size: int, domains: int) -> LaneState:
+    """Draw a fresh lane once for all variants: a billion numbers take their time."""
+    arena = Arena(config, vocab_size, domains, 1)
+    arena.reset_lane(0, SEED)
+    return arena.read_lane(0)
+
+
 def build_driver(config: Config, data: TextData, device: torch.device, variant: Variant) -> Driver:
     """Build a variant with fresh weights.
 
     Raises:
         UnavailableError: if this code base or device has no such variant.
     """
-    config = variant_config(config, variant)
+    start, config = config, variant_config(config, variant)
     store = TokenStore(data, config.model.context, device)
     if variant.kind == "stock":
         return StockDriver(config, store, data.vocab_size, variant)
     arena = Arena(config, data.vocab_size, len(data.domains), 1, device)
-    arena.reset_lane(0, SEED)
+    arena.write_lane(0, _fresh_lane(start, data.vocab_size, len(data.domains)))
     if variant.kind == "stacked":
         return StackedDriver(arena, store, variant)
     if variant.kind == "frozen":

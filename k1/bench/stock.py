@@ -167,6 +167,7 @@ class StockTrainer:
         *,
         autocast: bool = False,
         compiled: str | None = None,
+        regional: bool = False,
         toggle: bool = False,
     ) -> None:
         """Set the optimizer up.
@@ -177,6 +178,7 @@ class StockTrainer:
             config: optimizer settings and precision.
             autocast: keep the modules in float32 and cast as torch sees fit.
             compiled: mode for `torch.compile` of the whole loss; None is eager.
+            regional: compile each block by itself instead.
             toggle: in every step, only one path and the shared part require gradients.
         """
         o, half = config.optimizer, config.train.precision == "bfloat16"
@@ -194,7 +196,10 @@ class StockTrainer:
         )
         self.compiled = compiled is not None
         self.loss: Any = model
-        if self.compiled:
+        if self.compiled and regional:
+            for block in model.blocks:
+                block.compile(mode=compiled, dynamic=False)
+        elif self.compiled:
             self.loss = torch.compile(model, mode=compiled, dynamic=False)
         leaves = [number for number, own in enumerate(model.tree) if not own]
         self.paths = [set(model.path(leaf)) for leaf in leaves]

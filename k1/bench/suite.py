@@ -80,9 +80,11 @@ def formula_flops(config: Config, vocab_size: int, variant: Variant) -> float:
         return blocks * block
     if variant.toggle:
         # The root and the embedding are always trained, so the gradient passes through all
-        # blocks; what is saved is the weights' share of it.
-        head = 3 * 2.0 * config.model.embed * vocab_size * tokens
-        return 2 * blocks * block + depth * block + head
+        # blocks; what the others are spared is the gradient of their weights.
+        d, f, t = config.model.embed, config.model.feed_forward, config.model.context
+        products, attention = 2.0 * (4 * d * d + 2 * d * f), 2.0 * d * t
+        trained = (2 * blocks + depth) * products + 3 * blocks * attention
+        return tokens * (trained + 3 * 2.0 * d * vocab_size)
     return step_flops(config, vocab_size, blocks, depth)
 
 
@@ -133,7 +135,8 @@ class Suite:
             self._fill(waiting, group)
             self._measure(group)
             group.clear()
-            torch._dynamo.reset()
+            if any(variant.compiled for variant in variants):
+                torch._dynamo.reset()  # it holds what it compiled
             free_memory(self.plan.device)
         for variant in variants:
             record = self.records[variant.name]

@@ -26,6 +26,8 @@ class Variant:
     """`update.mode` of an engine."""
     compiled: str | None = None
     """Mode for `torch.compile`; None is eager."""
+    regional: bool = False
+    """Each block is compiled by itself: one compilation serves all."""
     autocast: bool = False
     toggle: bool = False
     """Only one path's modules require gradients."""
@@ -43,7 +45,7 @@ class Variant:
     @property
     def plain(self) -> Variant:
         """The same step without compilers, graphs and kernels of our own."""
-        return replace(self, compiled=None, graph=False, fused=False)
+        return replace(self, compiled=None, regional=False, graph=False, fused=False)
 
     @property
     def captured(self) -> bool:
@@ -74,11 +76,15 @@ _ALL = (
         "stock-eager", "ordinary modules, dense; on CUDA bfloat16 with float32 masters", "stock"
     ),
     Variant(
-        "stock-autocast", "the same under autocast", "stock", autocast=True, cuda_only=True
+        "stock-autocast", "stock-eager under autocast", "stock", autocast=True, cuda_only=True
     ),
     Variant("stock-compiled", "ordinary modules, torch.compile", "stock", compiled="default"),
     Variant(
-        "stock-compiled-autocast", "the same under autocast", "stock", compiled="default",
+        "stock-regional", "ordinary modules, torch.compile of each block", "stock",
+        compiled="default", regional=True,
+    ),
+    Variant(
+        "stock-compiled-autocast", "stock-compiled under autocast", "stock", compiled="default",
         autocast=True, cuda_only=True,
     ),
     Variant(
@@ -99,7 +105,7 @@ _ALL = (
         compiled="default",
     ),
     Variant(
-        "dense-autotune", "the same, max-autotune-no-cudagraphs", "stacked",
+        "dense-autotune", "dense-compiled, max-autotune-no-cudagraphs", "stacked",
         compiled="max-autotune-no-cudagraphs", cuda_only=True,
     ),
     Variant(

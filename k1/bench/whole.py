@@ -7,6 +7,7 @@ import platform
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,15 @@ def _short(script: str) -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of what decides speed."""
+    try:
+        triton: str | None = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
     return {
         "k1": k1.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton,
         "cuda": torch.version.cuda,
     }
 
