@@ -89,9 +89,9 @@ def formula_flops(config: Config, vocab_size: int, variant: Variant) -> float:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what dropped variants held."""
-    gc.collect()
+    """Give back what dropped variants held on a GPU; a CPU's memory is not that scarce."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
