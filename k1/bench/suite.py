@@ -1,0 +1,293 @@
+"""A whole configuration: build its variants, measure them side by side, record what came out."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from k1.bench.configurations import block_count
+from k1.bench.drivers import Driver, UnavailableError, build_driver, variant_config
+from k1.bench.timing import (
+    TooSlowError,
+    at_most,
+    counted_flops,
+    elapsed_ms,
+    interleave,
+    kernels_per_step,
+    quartile_range,
+    wait_for,
+)
+from k1.bench.variants import REFERENCE, Variant
+from k1.block import block_layout, shared_layout
+from k1.config import Config
+from k1.data import TextData
+from k1.flops import block_flops_per_token, step_flops
+
+PERIOD = 4
+"""Steps are measured in multiples of this, so that attributions are evenly spread."""
+SPARE_MEMORY = 0.92
+"""Share of the device's memory that variants fill before the rest waits for the next group."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    device: torch.device
+    peak_flops: float
+    """Operations per second that the device reaches at best."""
+    rounds: int = 5
+    seconds: float = 10.0
+    """Time that a variant is measured for, over all rounds."""
+    patience: float = 300.0
+    """Longest time for a variant to be built, compiled and warmed up, and for one round."""
+    say: Callable[[str], None] = print
+
+
+@dataclass
+class _Live:
+    """A built variant."""
+
+    driver: Driver
+    record: Record
+    steps: int
+    resident: int
+    peak: int
+
+
+def parameters(config: Config, vocab_size: int) -> int:
+    """Parameters of the full tree, shared part included."""
+    block, shared = block_layout(config.model), shared_layout(config.model, vocab_size)
+    return block_count(config) * block.total + shared.total
+
+
+def formula_flops(config: Config, vocab_size: int, variant: Variant) -> float:
+    """Operations of one step of a variant, by formula."""
+    config, blocks = variant_config(config, variant), block_count(config)
+    tokens = config.train.batch * config.model.context
+    block = block_flops_per_token(config) * tokens
+    depth = len(config.model.branching) + 1
+    if variant.kind == "frozen":
+        return blocks * block
+    if variant.toggle:
+        # The root and the embedding are always trained, so the gradient passes through all
+        # blocks; what the others are spared is the gradient of their weights.
+        d, f, t = config.model.embed, config.model.feed_forward, config.model.context
+        products, attention = 2.0 * (4 * d * d + 2 * d * f), 2.0 * d * t
+        trained = (2 * blocks + depth) * products + 3 * blocks * attention
+        return tokens * (trained + 3 * 2.0 * d * vocab_size)
+    return step_flops(config, vocab_size, blocks, depth)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what dropped variants held on a GPU; a CPU's memory is not that scarce."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def _failure(error: Exception) -> Record:
+    """Say in a record why a variant has no figures."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out of memory"}
+    if isinstance(error, TooSlowError):
+        return {"status": "too slow", "reason": str(error)}
+    if isinstance(error, UnavailableError):
+        return {"status": "not available", "reason": str(error)}
+    lines = str(error).strip().splitlines() or [""]
+    return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0]}"}
+
+
+class Suite:
+    """Measures the variants of one configuration."""
+
+    def __init__(self, config: Config, data: TextData, plan: Plan) -> None:
+        """Take what is to be measured."""
+        self.config, self.data, self.plan = config, data, plan
+        self.records: dict[str, Record] = {}
+
+    def run(self, variants: list[Variant]) -> dict[str, Record]:
+        """Measure variants.
+
+        All that fit in memory are measured in the same rounds. What does not fit waits for
+        further rounds, in which the reference takes part again: every ratio is within its rounds.
+
+        Returns:
+            A record for each variant, by name, in their order.
+        """
+        counts = self._count(variants)
+        waiting = list(variants)
+        reference = next((v for v in variants if v.name == REFERENCE), None)
+        while waiting:
+            group: dict[str, _Live] = {}
+            if reference is not None and waiting[0] is not reference:
+                self._try(reference, group)
+            self._fill(waiting, group)
+            self._measure(group)
+            group.clear()
+            if any(variant.compiled for variant in variants):
+                torch._dynamo.reset()  # it holds what it compiled
+            free_memory(self.plan.device)
+        for variant in variants:
+            record = self.records[variant.name]
+            record["about"] = variant.about
+            record.update(counts[variant.plain])
+            if record["status"] == "ok":
+                floor_ms = record["flops_formula"] / self.plan.peak_flops * 1000
+                record["floor_share"] = floor_ms / record["median_ms"]
+        return {variant.name: self.records[variant.name] for variant in variants}
+
+    def _fill(self, waiting: list[Variant], group: dict[str, _Live]) -> None:
+        """Move variants into a group until memory is full."""
+        tried = 0
+        while waiting:
+            variant, alone = waiting[0], False
+            if variant.name not in group and not self._try(variant, group):
+                if tried:
+                    return  # there may be room when the others are gone
+                alone = bool(group)
+                if alone:  # only the reference is in its way
+                    group.clear()
+                    free_memory(self.plan.device)
+                    self._try(variant, group)
+            waiting.pop(0)
+            tried += 1
+            if alone:
+                return
+
+    # -- operations ------------------------------------------------------------------------------
+
+    def _count(self, variants: list[Variant]) -> dict[Variant, Record]:
+        """Count the operations of each distinct plain step, by the counter and by formula."""
+        counts: dict[Variant, Record] = {}
+        by_step: dict[tuple, float | None] = {}
+        for variant in variants:
+            plain = variant.plain
+            key = (plain.kind, plain.mode, plain.toggle, plain.inner_steps, plain.attribution_every)
+            try:
+                formula: float | None = formula_flops(self.config, self.data.vocab_size, plain)
+            except UnavailableError:
+                counts[plain] = {"flops_counted": None, "flops_formula": None}
+                continue
+            if key not in by_step:
+                by_step[key] = self._count_one(plain)
+            counts[plain] = {"flops_counted": by_step[key], "flops_formula": formula}
+        return counts
+
+    def _count_one(self, plain: Variant) -> float | None:
+        try:
+            with at_most(self.plan.patience, "counting operations"):
+                return self._run_counted(plain)
+        except Exception as error:
+            why = _failure(error)
+            self.plan.say(f"  {plain.name}: operations not counted: {why}")
+            return None
+        finally:
+            free_memory(self.plan.device)
+
+    def _run_counted(self, plain: Variant) -> float:
+        driver = build_driver(self.config, self.data, self.plan.device, plain)
+        driver.prepare(PERIOD)
+        driver.run(PERIOD)  # an attribution that is due in step 0 only is then over
+        return counted_flops(driver, PERIOD, self.plan.device)
+
+    # -- building --------------------------------------------------------------------------------
+
+    def _try(self, variant: Variant, group: dict[str, _Live]) -> bool:
+        """Build a variant into a group; False if memory is what it lacks."""
+        record: Record = {"status": "ok"}
+        try:
+            with at_most(self.plan.patience, "building and warming up"):
+                live = self._build(variant, record)
+        except Exception as error:
+            record = _failure(error)
+            live = None
+        free_memory(self.plan.device)
+        if live is not None and group and not self._fits([*group.values(), live]):
+            live, record = None, {"status": "out of memory"}
+            free_memory(self.plan.device)
+        if live is None:
+            self.plan.say(f"  {variant.name}: {record['status']} {record.get('reason', '')}")
+            if self.records.get(variant.name, {}).get("status") != "ok":
+                self.records[variant.name] = record
+            return record["status"] != "out of memory"
+        self.plan.say(f"  {variant.name}: ready in {record['build_seconds']:.1f} s")
+        group[variant.name] = live
+        return True
+
+    def _build(self, variant: Variant, record: Record) -> _Live:
+        device, cuda = self.plan.device, self.plan.device.type == "cuda"
+        allocated, reserved = self._memory()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        driver = build_driver(self.config, self.data, device, variant)
+        for _ in range(2):  # compilers and graphs are done after the first few steps
+            driver.prepare(PERIOD)
+            driver.run(PERIOD)
+        wait_for(device)
+        record["build_seconds"] = time.perf_counter() - began
+        if cuda and not variant.captured:
+            torch.cuda.reset_peak_memory_stats(device)
+        step_ms = elapsed_ms(driver, PERIOD, device)
+        record["kernels"] = kernels_per_step(driver, PERIOD, device)
+        peak = 0
+        record["peak_bytes"] = None
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(device) - allocated
+            record["peak_bytes"] = peak
+            torch.cuda.empty_cache()
+        share = self.plan.seconds / self.plan.rounds * 1000 / step_ms
+        steps = PERIOD * max(1, math.floor(share / PERIOD))
+        if steps * step_ms / 1000 > self.plan.patience:
+            raise TooSlowError(f"{steps} steps take {steps * step_ms / 1000:.0f} s")
+        resident = self._memory()[1] - reserved
+        return _Live(driver, record, steps, resident, peak)
+
+    def _memory(self) -> tuple[int, int]:
+        """Bytes allocated and reserved on the device."""
+        device = self.plan.device
+        if device.type != "cuda":
+            return 0, 0
+        return torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+
+    def _fits(self, lives: list[_Live]) -> bool:
+        """Whether the variants can take turns without running out of memory."""
+        if self.plan.device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self.plan.device).total_memory
+        transient = max(max(0, live.peak - live.resident) for live in lives)
+        return sum(live.resident for live in lives) + transient <= SPARE_MEMORY * total
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def _measure(self, group: dict[str, _Live]) -> None:
+        """Time a group in rounds and write the records of those that have none yet."""
+        if not group:
+            return
+        drivers = {name: live.driver for name, live in group.items()}
+        steps = {name: live.steps for name, live in group.items()}
+        times = interleave(drivers, steps, self.plan.rounds, self.plan.device)
+        beside = statistics.median(times[REFERENCE]) if REFERENCE in times else None
+        for name, live in group.items():
+            if name in self.records and self.records[name]["status"] == "ok":
+                continue  # the reference, once more
+            median = statistics.median(times[name])
+            live.record.update(
+                median_ms=median,
+                iqr_ms=quartile_range(times[name]),
+                rounds_ms=times[name],
+                steps_per_round=live.steps,
+                ratio=None if beside is None else median / beside,
+            )
+            self.records[name] = live.record

@@ -1,0 +1,319 @@
+"""The benchmark: its statistics, its bookkeeping, its page, and its command line."""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from k1.bench import suite as suite_module
+from k1.bench.attribution import agreement, wilson_interval
+from k1.bench.configurations import CONFIGURATIONS, block_count, configuration
+from k1.bench.drivers import Driver
+from k1.bench.report import COLUMNS, growth, markdown
+from k1.bench.suite import Plan, Suite, formula_flops, parameters
+from k1.bench.timing import TooSlowError, at_most, interleave, quartile_range
+from k1.bench.variants import VARIANTS, choose
+from k1.errors import ConfigError
+from tests.phase2_helpers import ROOT, call
+from tests.reference import small_config
+
+BENCHMARK = ROOT / "scripts" / "benchmark.py"
+CPU = torch.device("cpu")
+
+
+# -- statistics ---------------------------------------------------------------------------------
+
+
+def test_quartile_range():
+    assert quartile_range([5.0]) == 0
+    assert quartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2
+    assert quartile_range([4.0, 1.0, 3.0, 2.0]) == 1.5
+
+
+def test_wilson_interval():
+    # Values of the published formula, computed apart.
+    assert wilson_interval(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-5)
+    assert wilson_interval(15, 15) == pytest.approx((0.79612, 1.0), abs=1e-5)
+    assert wilson_interval(0, 15) == pytest.approx((0.0, 0.20388), abs=1e-5)
+
+
+class Sleeper(Driver):
+    """Notes when it runs."""
+
+    def __init__(self, name: str, seconds: float = 0.0, log: list[str] | None = None) -> None:
+        self.name, self.seconds = name, seconds
+        self.log = [] if log is None else log
+
+    def advance(self, steps: int) -> None:
+        self.log.append(self.name)
+        time.sleep(self.seconds * steps)
+
+
+def test_variants_take_turns_and_each_round_begins_with_another():
+    log: list[str] = []
+    drivers: dict[str, Driver] = {name: Sleeper(name, 0.002, log) for name in "abc"}
+    times = interleave(drivers, dict.fromkeys("abc", 2), 4, CPU)
+    assert "".join(log) == "abcbcacababc"
+    assert all(len(values) == 4 and min(values) >= 2 for values in times.values())
+
+
+def test_what_takes_too_long_is_stopped():
+    with pytest.raises(TooSlowError, match=r"sleeping took more than 0\.05 s"), \
+            at_most(0.05, "sleeping"):  # fmt: skip
+        try:
+            time.sleep(5)
+        except Exception as error:  # as a compiler would
+            raise RuntimeError("wrapped") from error
+    with pytest.raises(KeyError), at_most(5, "a mistake"):
+        raise KeyError
+    time.sleep(0.06)  # and no alarm is left over
+
+
+# -- configurations and variants ----------------------------------------------------------------
+
+
+def test_configurations_have_the_sizes_that_their_names_say():
+    vocab = 10_000
+    assert 1e8 <= parameters(CONFIGURATIONS["100M"], vocab) <= 1.3e8
+    assert 0.9e9 <= parameters(CONFIGURATIONS["1B"], vocab) <= 1.1e9
+    assert block_count(CONFIGURATIONS["thousand"]) == 1000
+    assert block_count(CONFIGURATIONS["default"]) == 41
+    for name in ("default", "thousand", "100M", "1B", "T128", "T256", "T512"):
+        config = CONFIGURATIONS[name]
+        assert config.train.batch * config.model.context == 256 * 64
+        assert config.train.precision == "bfloat16"
+    assert CONFIGURATIONS["T512"].model.context == 512
+    assert configuration("default", "cpu").train.precision == "float32"
+    assert configuration("default", "cuda", "mean").model.router == "mean"
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: configuration("huge", "cpu"), lambda: choose("sparse,magic", "cpu"),
+              lambda: choose("dense-graph", "cpu"), lambda: configuration("tiny", "cpu", "magic")]
+)  # fmt: skip
+def test_unknown_names_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        wrong()
+
+
+def test_a_cpu_gets_the_variants_that_mean_something_there():
+    names = [variant.name for variant in choose(None, "cpu")]
+    assert {"stock-eager", "stock-compiled", "stock-toggle", "dense", "exact", "sparse"} <= {*names}
+    assert "dense-graph" not in names
+    assert not any(variant.graph or variant.fused for variant in choose(None, "cpu"))
+    assert [v.name for v in choose(None, "cuda")] == list(VARIANTS)
+    assert VARIANTS["sparse"].graph and VARIANTS["sparse"].fused
+
+
+def test_the_formula_knows_what_each_variant_saves():
+    config = CONFIGURATIONS["default"]
+    names = ("dense", "stock-toggle", "sparse", "path-only", "frozen-forward")
+    flops = {name: formula_flops(config, 10_000, VARIANTS[name]) for name in names}
+    assert flops["dense"] > flops["stock-toggle"] > flops["sparse"] > flops["path-only"]
+    assert flops["path-only"] > flops["frozen-forward"]
+
+
+# -- a configuration ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(monkeypatch, data):
+    """A suite where drivers of total size 3 fit; a variant's `inner_steps` is its size."""
+    alive: weakref.WeakSet[Driver] = weakref.WeakSet()
+    sizes: weakref.WeakKeyDictionary[Driver, int] = weakref.WeakKeyDictionary()
+
+    def build(config, text, device, variant):
+        if sum(sizes[driver] for driver in alive) + variant.inner_steps > 3:
+            raise torch.OutOfMemoryError("full")
+        driver = Sleeper(variant.name, 0.0005)
+        alive.add(driver)
+        sizes[driver] = variant.inner_steps
+        return driver
+
+    monkeypatch.setattr(suite_module, "build_driver", build)
+    monkeypatch.setattr(suite_module, "variant_config", lambda config, variant: config)
+    said: list[str] = []
+    plan = Plan(CPU, 1e9, rounds=2, seconds=0.01, say=said.append)
+    return Suite(small_config(), data, plan), alive
+
+
+def sized(name: str, size: int):
+    return replace(VARIANTS["dense"], name=name, inner_steps=size)
+
+
+def test_what_does_not_fit_together_is_measured_in_further_rounds(crowded):
+    suite, alive = crowded
+    variants = [sized("a", 1), sized("b", 1), sized("c", 2), sized("d", 3), sized("e", 4),
+                sized("sparse", 1)]  # fmt: skip
+    records = suite.run(variants)
+    assert list(records) == ["a", "b", "c", "d", "e", "sparse"]
+    states = {name: record["status"] for name, record in records.items()}
+    assert states == {**dict.fromkeys(["a", "b", "c", "d", "sparse"], "ok"), "e": "out of memory"}
+    with_ratio = {name for name, record in records.items() if record.get("ratio") is not None}
+    assert with_ratio == {"a", "b", "c", "sparse"}  # d leaves no room for the reference
+    assert records["sparse"]["ratio"] == 1
+    assert len(alive) == 0, "dropped variants must not hold their memory"
+
+
+def test_a_variant_that_fails_is_reported_beside_the_others(crowded, monkeypatch):
+    suite, _ = crowded
+
+    def fail(self, steps):
+        if self.name == "bad":
+            raise ValueError("broken\nsecond line")
+
+    monkeypatch.setattr(Sleeper, "advance", fail)
+    records = suite.run([sized("bad", 1), sized("sparse", 1)])
+    assert records["bad"]["status"] == "failed"
+    assert records["bad"]["reason"] == "ValueError: broken"
+    assert records["sparse"]["status"] == "ok"
+
+
+# -- attribution --------------------------------------------------------------------------------
+
+
+def test_a_probe_of_the_whole_batch_always_agrees(data):
+    config = small_config(update={"probe_fraction": 1.0}, train={"lr": 1e-2})
+    found = agreement(config, data, CPU, 10, 6)
+    assert found["same_leaf"] == found["same_branch"] == 1
+    assert found["same_leaf_interval"] == wilson_interval(6, 6)
+    assert found["probe_windows"] == found["windows"] == 4
+
+
+def test_a_probe_that_sees_less_may_disagree(data):
+    config = small_config(update={"probe_fraction": 0.1}, train={"batch": 8})
+    found = agreement(config, data, CPU, 2, 20)
+    assert found["probe_windows"] == 1
+    assert found["same_leaf"] < 1 and found["same_leaf"] <= found["same_branch"]
+
+
+# -- the page -----------------------------------------------------------------------------------
+
+
+def record(ms: float, **fields):
+    return {
+        "status": "ok", "median_ms": ms, "iqr_ms": 0.5, "rounds_ms": [ms], "steps_per_round": 4,
+        "ratio": ms / 2, "build_seconds": 1.0, "peak_bytes": ms * 1e9, "kernels": 12.0,
+        "flops_counted": 3e9, "flops_formula": 2e9, "floor_share": 0.25, "about": "a step",
+        **fields,
+    }  # fmt: skip
+
+
+def recorded(scale: float = 1.0) -> dict:
+    variants = {
+        "stock-eager": record(30 * scale), "stock-compiled": record(10 * scale),
+        "stock-toggle": record(1 * scale), "dense": record(8 * scale),
+        "dense-graph": {"status": "out of memory", "about": "a graph", "flops_counted": None,
+                        "flops_formula": 2e9},
+        "sparse": record(2 * scale),
+    }  # fmt: skip
+    config = configuration("default", "cuda").to_dict()
+    found = {
+        "train_steps": 9, "batches": 20, "probe_windows": 2, "windows": 16,
+        "same_leaf": 0.95, "same_leaf_interval": [0.76, 0.99],
+        "same_branch": 1.0, "same_branch_interval": [0.84, 1.0],
+        "commonest_leaf": 0.5, "distinct_leaves": 4,
+    }  # fmt: skip
+    return {"config": config, "blocks": 41, "parameters": 5_000_000, "text": "some",
+            "variants": variants, "attribution_overhead": 0.125, "agreement": found,
+            "backward_ms": {"sparse": 1.1 * scale, "path-only": None}}  # fmt: skip
+
+
+def result(**cases) -> dict:
+    return {"command": "python scripts/benchmark.py --rounds 7", "rounds": 7,
+            "versions": {"torch": "9.9", "cuda": None},
+            "device": {"type": "cuda", "name": "Some GPU", "matmul_flops": 7e14},
+            "configurations": cases}  # fmt: skip
+
+
+def test_the_page_says_what_was_recorded():
+    page = markdown([result(default=recorded())])
+    assert "```bash\npython scripts/benchmark.py --rounds 7\n```" in page
+    assert "## Some GPU" in page and "torch 9.9" in page and "cuda None" not in page
+    assert "| `sparse` | 2 | 0.5 | 1.00 | 1.0 | 2.00 | 12 | 3 | 2 | 25.0 |" in page
+    assert "| `dense-graph` | out of memory | - | - | - | - | - | - | 2 | - |" in page
+    assert ("`sparse` is 5.00x as fast as the best dense step in ordinary modules "
+            "(`stock-compiled`), with 0.20x its peak memory.") in page  # fmt: skip
+    assert "`sparse` is 4.00x as fast as K-1's best dense step (`dense`), with 0.25x" in page
+    assert "Attribution takes 12.5 % of the `sparse` step." in page
+    assert "95.0 % of 20 batches (95 % interval 76.0-99.0 %)" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {len(COLUMNS) + 1}
+
+
+def test_growth_needs_both_sizes():
+    assert growth(result(default=recorded())) == []
+    large = {**recorded(1.5), "blocks": 1000}
+    assert growth(result(default=recorded(), thousand=large)) == [
+        "From 41 to 1,000 blocks, `sparse` less the frozen forward pass grows +50.0 %."
+    ]
+
+
+# -- the command line ---------------------------------------------------------------------------
+
+
+def test_the_command_line_measures_and_writes(tmp_path: Path):
+    out, page = tmp_path / "out.json", tmp_path / "page.md"
+    names = "stock-eager,sparse,path-only,frozen-forward"
+    done = call(
+        BENCHMARK, "--device", "cpu", "--configs", "tiny", "--rounds", "2", "--seconds", "0.2",
+        "--router", "learned", "--agreement", "2", "--agreement-batches", "2", "--threads", "1",
+        "--variants", names, "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sparse" in done.stdout and done.stderr == ""
+    found = json.loads(out.read_text())
+    assert "--rounds 2" in found["command"] and found["command"].startswith("python scripts/bench")
+    assert found["device"]["type"] == "cpu" and found["device"]["threads"] == 1
+    assert found["device"]["matmul_flops"] > 1e8
+    assert found["versions"]["torch"] == torch.__version__
+    case = found["configurations"]["tiny"]
+    assert case["blocks"] == 7 and case["config"]["model"]["router"] == "learned"
+    assert list(case["variants"]) == names.split(",")
+    for name, measured in case["variants"].items():
+        assert measured["status"] == "ok", (name, measured)
+        assert len(measured["rounds_ms"]) == 2 and measured["median_ms"] > 0
+        assert measured["steps_per_round"] % 4 == 0
+        assert measured["peak_bytes"] is None and measured["kernels"] is None
+        assert measured["ratio"] == pytest.approx(
+            measured["median_ms"] / case["variants"]["sparse"]["median_ms"]
+        )
+        # The counter takes attention in full, the formula only its causal half.
+        assert 1 <= measured["flops_counted"] / measured["flops_formula"] < 1.6, name
+    assert case["agreement"]["batches"] == 2
+    assert case["backward_ms"]["sparse"] is not None
+
+    again = call(BENCHMARK, "--from", str(out), "--markdown", str(page))
+    assert again.returncode == 0, again.stderr
+    assert "`frozen-forward`" in page.read_text() and found["command"] in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--configs", "huge", "--device", "cpu"], "choose from tiny"),
+        (["--from", "nothing.json"], "--json"),
+    ],
+)
+def test_mistakes_are_told(words, remedy):
+    done = call(BENCHMARK, *words)
+    assert done.returncode == 2 and remedy in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_tells_kernels_and_memory(data):
+    device = torch.device("cuda")
+    config = small_config(train={"precision": "bfloat16"})
+    plan = Plan(device, 1e12, rounds=2, seconds=0.2)
+    names = "stock-eager,stock-autocast,stock-compiled,stock-regional,stock-graphs,dense"
+    for name, found in Suite(config, data, plan).run(choose(names, "cuda")).items():
+        assert found["status"] == "ok", (name, found)
+        assert found["kernels"] > 10 and found["peak_bytes"] > 0 and found["flops_counted"] > 0
