@@ -1,0 +1,1 @@
+"""Measurements of the system: speed, and loss over time."""
