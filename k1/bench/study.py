@@ -41,8 +41,10 @@ OCTAVES = 4
 """The first evaluation after the start is at steps / 2**OCTAVES."""
 STRETCH = 40
 """Steps between looks at the clock."""
-TIMED = 7
+TIMED = 5
 """Timed stretches; one more before them warms up."""
+TIMED_STEPS = 20
+"""Steps of a timed stretch, at least."""
 
 _RECORDS = ("count", "visits", "updates", "responsibility", "mean_responsibility", "shared_count",
             "step", "skipped", "blocks_updated", "loss", "first", "second", "shared_first",
@@ -264,13 +266,12 @@ class Study:
         for method in self.plan.methods:
             lr = sorted(method.grid)[len(method.grid) // 2]
             engine = self.engine(method, situation, [(self.plan.tune_seed, lr)])
-            stretch = len(engine.arena.trees[0].blocks)
             if isinstance(engine, CoordinateEngine):
                 engine.inner = 1  # a stretch is then one turn of every part, whatever each costs
-                stretch += engine.shared_in_turn
+                stretch = len(engine.arena.trees[0].blocks) + engine.shared_in_turn
             else:  # every stretch with the same number of attributions
-                every = min(engine.arena.config.update.attribution_every, stretch)
-                stretch = math.ceil(stretch / every) * every
+                every = min(engine.arena.config.update.attribution_every, TIMED_STEPS)
+                stretch = math.ceil(TIMED_STEPS / every) * every
             engines[method.name], stretches[method.name] = engine, stretch
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(TIMED + 1):

@@ -25,8 +25,7 @@ class Spread:
     @staticmethod
     def of(values: list[float]) -> Spread:
         """Summarise one value per seed."""
-        sd = statistics.stdev(values) if len(values) > 1 else math.nan
-        return Spread(statistics.fmean(values), sd)
+        return Spread(statistics.fmean(values), _deviation(values))
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.3f}")
@@ -84,7 +83,12 @@ def half_width(differences: list[float]) -> float:
     if n < 2:
         return math.nan
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    return quantile * statistics.stdev(differences) / math.sqrt(n)
+    return quantile * _deviation(differences) / math.sqrt(n)
+
+
+def _deviation(values: list[float]) -> float:
+    """Standard deviation of a sample; NaN for one value, or where one is NaN."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def difference(values: list[float], reference: list[float]) -> str:
@@ -217,9 +221,9 @@ def how(record: dict[str, Any]) -> list[str]:
     lines = [
         f"Command: `{record['command']}`.",
         f"Device: {record['device']}; {record['versions']}.",
-        f"Dense runs have {record['steps']} steps; columns in per cent are shares of what they use, "
-        "in FLOPs or time. `minus dense` is at 100%; `reaches dense` is the share after which the "
-        "last loss of dense is reached.",
+        f"Dense runs have {record['steps']} steps; columns in per cent are shares of what they "
+        "use, in FLOPs or time. `minus dense` is at 100%; `reaches dense` is the share at which "
+        "a run gets to dense's last loss.",
         f"Mean ± standard deviation over seeds {seeds}; differences are paired by seed, "
         f"± half a {CONFIDENCE:.0%} t-interval.",
         f"Learning rates were chosen for each method on seed {record['tune_seed']} by the gate "
