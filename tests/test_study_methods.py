@@ -43,7 +43,9 @@ def test_round_robin_always_takes_the_leaf_updated_longest_ago(make):
 
 
 def test_random_paths_are_spread_evenly_and_in_no_order(make):
-    trainer, engine = system(make, "random", model=WIDE, train={"batch": 1, **ONE_PATH})
+    trainer, engine = system(
+        make, "random", model=WIDE, train={"batch": 1, **ONE_PATH}, evidence={"buckets": 2}
+    )
     seen = culprits(trainer, engine, 240)
     counts = [seen.count(leaf) for leaf in set(seen)]
     assert len(counts) == LEAVES
