@@ -115,6 +115,18 @@ def test_flops_follow_the_blocks_that_were_updated(study):
         )
 
 
+def test_visits_are_summed_up_over_the_blocks_that_may_be_visited(study):
+    study = study()
+    engine = study.engine(BY_NAME["sparse"], scratch(study), [(1, 1e-3)])
+    assert study.visits(engine) is None
+    leaf = engine.arena.index(0, 1)[2].offset
+    engine.arena["visits"][0, leaf : leaf + 3] = torch.tensor([2, 1, 1])
+    assert study.visits(engine) == [{"most": 0.5, "entropy": 1.5, "visited": 3, "of": 4}]
+    coordinate = study.engine(BY_NAME["bcd"], scratch(study), [(1, 1e-3)])
+    coordinate.arena["visits"][0, 0] = 5
+    assert study.visits(coordinate) == [{"most": 1.0, "entropy": 0.0, "visited": 1, "of": 7}]
+
+
 def test_the_learning_rate_is_chosen_on_the_gate_pool_and_the_grid_grows_at_its_edge(study):
     study = study()
     asked = []

@@ -400,11 +400,18 @@ class Study:
             if total == 0:
                 return None
             share = counts[counts > 0] / total
+            tree = a.trees[lane]
+            open_to_visits = [
+                slot
+                for slot in tree.blocks
+                if isinstance(engine, CoordinateEngine) or tree.is_leaf(slot)
+            ]
             result.append(
                 {
                     "most": float(share.max()),
                     "entropy": float(-(share * share.log2()).sum()),
                     "visited": len(share),
+                    "of": len(open_to_visits),
                 }
             )
         return result
