@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from k1.attribution import NEVER
+from k1.bench.counters import flops_per_step, updated_per_step, visit_spread
 from k1.bench.methods import METHODS, choose_methods
 from k1.bench.study import LONGEST, MOST_TRIALS, Plan, Situation, Study, schedule
 from k1.bench.study_report import (
@@ -109,8 +110,8 @@ def test_flops_follow_the_blocks_that_were_updated(study):
             updated = sum(engine.path_blocks) / 28
             assert 1 < updated < 3
         else:
-            assert study.updated(engine) == updated
-        assert study.flops(engine) == pytest.approx(
+            assert updated_per_step(engine) == updated
+        assert flops_per_step(engine) == pytest.approx(
             step_flops(engine.arena.config, 256, 7, updated)
         )
 
@@ -118,13 +119,13 @@ def test_flops_follow_the_blocks_that_were_updated(study):
 def test_visits_are_summed_up_over_the_blocks_that_may_be_visited(study):
     study = study()
     engine = study.engine(BY_NAME["sparse"], scratch(study), [(1, 1e-3)])
-    assert study.visits(engine) is None
+    assert visit_spread(engine) is None
     leaf = engine.arena.index(0, 1)[2].offset
     engine.arena["visits"][0, leaf : leaf + 3] = torch.tensor([2, 1, 1])
-    assert study.visits(engine) == [{"most": 0.5, "entropy": 1.5, "visited": 3, "of": 4}]
+    assert visit_spread(engine) == [{"most": 0.5, "entropy": 1.5, "visited": 3, "of": 4}]
     coordinate = study.engine(BY_NAME["bcd"], scratch(study), [(1, 1e-3)])
     coordinate.arena["visits"][0, 0] = 5
-    assert study.visits(coordinate) == [{"most": 1.0, "entropy": 0.0, "visited": 1, "of": 7}]
+    assert visit_spread(coordinate) == [{"most": 1.0, "entropy": 0.0, "visited": 1, "of": 7}]
 
 
 def test_the_learning_rate_is_chosen_on_the_gate_pool_and_the_grid_grows_at_its_edge(study):

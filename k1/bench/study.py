@@ -18,12 +18,12 @@ import torch
 
 from k1.arena import Arena, LaneState
 from k1.attribution import NEVER
+from k1.bench.counters import flops_per_step, updated_per_step, visit_spread
 from k1.bench.methods import METHODS, CoordinateEngine, Method
 from k1.config import Config
 from k1.data import TextData
 from k1.engine import Engine
 from k1.errors import ConfigError
-from k1.flops import step_flops
 from k1.sampling import TokenStore
 
 SITUATIONS = ("scratch", "new-domain")
@@ -282,17 +282,7 @@ class Study:
                 engine.train(0, 1, stretches[name])
                 _wait(self.device)
                 seconds[name].append((time.perf_counter() - began) / stretches[name])
-        return {name: (seconds[name][1:], self.flops(engines[name])) for name in engines}
-
-    def flops(self, engine: Engine) -> float:
-        """FLOPs of a step by formula, on average over all lanes and steps so far."""
-        a = engine.arena
-        steps = sum(a.host_step)
-        if isinstance(engine, CoordinateEngine):
-            updated = sum(engine.path_blocks) / steps
-        else:
-            updated = float(a["blocks_updated"].sum()) / steps + 1  # the root moves too
-        return step_flops(a.config, a.vocab_size, len(a.trees[0].blocks), updated)
+        return {name: (seconds[name][1:], flops_per_step(engines[name])) for name in engines}
 
     def tune(
         self, method: Method, situation: Situation, steps: int
@@ -336,16 +326,16 @@ class Study:
         for step in schedule(self.plan.steps, self.plan.steps):
             go_to(step)
         # What a step costs may change on the way, and with it where the run has to end.
-        while (end := self._steps_needed(situation, self.flops(engine), seconds)) > steps[-1]:
+        while (end := self._steps_needed(situation, flops_per_step(engine), seconds)) > steps[-1]:
             go_to(next(s for s in schedule(self.plan.steps, end) if s > steps[-1]))
         quartiles = statistics.quantiles(timed, n=4)
         return {
             "step_seconds": seconds,
             "step_seconds_quartiles": [quartiles[0], quartiles[2]],
-            "step_flops": self.flops(engine),
-            "updated_blocks": self.updated(engine),
+            "step_flops": flops_per_step(engine),
+            "updated_blocks": updated_per_step(engine),
             "skipped": int(engine.arena["skipped"].sum()),
-            "visits": self.visits(engine),
+            "visits": visit_spread(engine),
             "curve": {
                 "steps": steps,
                 "bits": {
@@ -385,36 +375,6 @@ class Study:
         """Mean bits per byte over the domains that count, of each lane."""
         bits = self.measure(engine, pool)
         return [_mean(lane) for lane in zip(*(bits[d] for d in situation.target), strict=True)]
-
-    def updated(self, engine: Engine) -> float:
-        """Blocks that a step updates, root included, on average over lanes and steps."""
-        a = engine.arena
-        return float(a["updates"].sum()) / sum(a.host_step)
-
-    def visits(self, engine: Engine) -> list[dict[str, float]] | None:
-        """How each lane's visits spread over blocks; None where nothing is visited (dense)."""
-        a, result = engine.arena, []
-        for lane in range(a.lanes):
-            counts = a["visits"][lane].double()
-            total = float(counts.sum())
-            if total == 0:
-                return None
-            share = counts[counts > 0] / total
-            tree = a.trees[lane]
-            open_to_visits = [
-                slot
-                for slot in tree.blocks
-                if isinstance(engine, CoordinateEngine) or tree.is_leaf(slot)
-            ]
-            result.append(
-                {
-                    "most": float(share.max()),
-                    "entropy": float(-(share * share.log2()).sum()),
-                    "visited": len(share),
-                    "of": len(open_to_visits),
-                }
-            )
-        return result
 
 
 def schedule(steps: int, end: int) -> list[int]:
