@@ -28,7 +28,7 @@ from k1.forward import (
     read_text,
     token_losses,
 )
-from k1.graphs import StepGraphs
+from k1.graphs import Side, StepGraphs
 from k1.optimizer import Rows, adamw, clip_factor
 from k1.path import PathPass, as_leaf, index_paths
 from k1.rng import STREAM_EXPLORE, random_uniform
@@ -96,6 +96,7 @@ class Engine:
         on_gpu = arena.device.type == "cuda"
         self.chunk = lane_chunk or (arena.lanes if on_gpu else 2)
         self.backend = choose_backend(arena.config, arena.device, fused)
+        self._side, self._forward_side, self._inner_side = (Side(arena.device) for _ in range(3))
         self.graphs = StepGraphs() if (on_gpu if graph is None else graph) else None
 
     def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
@@ -212,7 +213,7 @@ class Engine:
 
             forest = a.forest(start, stop)
             table = all_blocks(forest, a.leaves(start, stop))
-            done = TreePass(forest, batch, text, table)
+            done = TreePass(forest, batch, text, self._inner_side, table)
             loss, grad, shared_grad = done.gradients()
             norms = torch.linalg.vector_norm(grad, dim=-1)[table.place.clamp(min=0)]
             measured = torch.where(table.place >= 0, norms, 0.0).view(stop - start, -1)
@@ -246,29 +247,51 @@ class Engine:
     def _sparse(self, start: int, stop: int, batch: Batch, text: Text, due: bool) -> StepResult:
         """Attribution on a probe now and then; gradients for the chosen paths only."""
         a, update = self.arena, self.arena.config.update
-        if due:
-            probe = batch.head(max(1, round(batch.inputs.shape[1] * update.probe_fraction)))
-            full = self._all_gradients(start, stop, probe, read_text(probe, a.config))
-            on_time = a["step"][start:stop] % update.attribution_every == 0
-            self._remember(start, stop, full.measured, on_time)
-        selection = self._select(start, stop, a["responsibility"][start:stop])
-        return self.path_step(start, stop, batch, text, selection)
+        with self._side.fork():
+            if due:
+                probe = batch.head(max(1, round(batch.inputs.shape[1] * update.probe_fraction)))
+                full = self._all_gradients(start, stop, probe, read_text(probe, a.config))
+                on_time = a["step"][start:stop] % update.attribution_every == 0
+                self._remember(start, stop, full.measured, on_time)
+            selection = self._select(start, stop, a["responsibility"][start:stop])
+        # The blocks' forward pass needs no selection, so it runs beside the probe.
+        forward = self._forward_all(start, stop, batch, text) if self.backend.fused else None
+        self._side.join()
+        return self.path_step(start, stop, batch, text, selection, forward)
+
+    def _forward_all(self, start: int, stop: int, batch: Batch, text: Text) -> TreePass:
+        from k1.kernels.tree import TreePass
+
+        return TreePass(self.arena.forest(start, stop), batch, text, self._forward_side)
 
     def path_pass(
-        self, start: int, stop: int, batch: Batch, text: Text, selection: Selection
+        self,
+        start: int,
+        stop: int,
+        batch: Batch,
+        text: Text,
+        selection: Selection,
+        forward: TreePass | None = None,
     ) -> PathPass | TreePass:
-        """Run everything forward; the result has the gradients of the selected paths."""
+        """Run everything forward, unless that is done; the result has the paths' gradients."""
         a = self.arena
         forest, leaves = a.forest(start, stop), a.leaves(start, stop)
         if self.backend.fused:
-            from k1.kernels.tree import TreePass, chosen_blocks
+            from k1.kernels.tree import chosen_blocks
 
-            return TreePass(forest, batch, text, chosen_blocks(forest, leaves, selection.on_path))
+            done = forward or self._forward_all(start, stop, batch, text)
+            return done.choose(chosen_blocks(forest, leaves, selection.on_path))
         paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
         return PathPass(forest, batch, text, paths)
 
     def path_step(
-        self, start: int, stop: int, batch: Batch, text: Text, selection: Selection
+        self,
+        start: int,
+        stop: int,
+        batch: Batch,
+        text: Text,
+        selection: Selection,
+        forward: TreePass | None = None,
     ) -> StepResult:
         """Update the selected paths from their own gradients.
 
@@ -276,7 +299,7 @@ class Engine:
         of these. That is exact for the culprits: nothing but the mixing depends on a leaf.
         """
         config = self.arena.config
-        done = self.path_pass(start, stop, batch, text, selection)
+        done = self.path_pass(start, stop, batch, text, selection, forward)
         all_fine = torch.ones(stop - start, dtype=torch.bool, device=self.arena.device)
         first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
@@ -501,7 +524,7 @@ class Engine:
         if self.backend.fused:
             from k1.kernels.tree import TreePass
 
-            return TreePass(forest, batch, text).values.output
+            return TreePass(forest, batch, text, self._inner_side).values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
 

@@ -174,22 +174,15 @@ def logits(weights: Weights, hidden: Tensor) -> Tensor:
     return torch.bmm(normed_output(pieces, hidden), pieces["head"])
 
 
-def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config, fused: bool = False) -> Tensor:
+def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config) -> Tensor:
     """Run all blocks of a level on their inputs [L, W, B, T, d]; returns outputs [L, W, N, d].
 
     Args:
         pieces: of `block_layout`, each [L * W, ...].
         x: the inputs, in the dtype of the arithmetic.
         config: the sizes.
-        fused: whether to use the kernels.
     """
-    heads, folded, blocks = config.model.heads, fold(pieces, x.dtype), x.flatten(0, 1)
-    if fused:
-        from k1.kernels.block import block_trained
-
-        y = block_trained(folded, blocks.flatten(1, 2), x.shape[3], heads)
-    else:
-        y = block_forward(folded, blocks, heads)
+    y = block_forward(fold(pieces, x.dtype), x.flatten(0, 1), config.model.heads)
     return y.view(*x.shape[:2], -1, x.shape[-1])
 
 

@@ -1,8 +1,9 @@
-"""Training steps recorded as CUDA graphs, so that launching them costs the host next to nothing."""
+"""CUDA graphs and streams: launching costs the host next to nothing, and idle units find work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -40,3 +41,30 @@ class StepGraphs:
         graph.replay()
         typed: T = result
         return typed
+
+
+class Side:
+    """A second stream: what is launched inside runs beside what is launched after it.
+
+    Until `join`, nothing outside may use what was made inside, nor change what is read there. On a
+    CPU, everything runs in order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the stream."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Launch on the second stream."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let what is launched from here on wait for the second stream."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -85,4 +85,5 @@ def norm_backward(
     _backward[(blocks, lanes)](
         dh, normed, inverse, gain, out, part, tokens, scale, gain.stride(0), D=d, R=_ROWS
     )
-    return part.sum(1).unbind(1)
+    by_gain, by_shift = part.sum(1).unbind(1)
+    return by_gain, by_shift

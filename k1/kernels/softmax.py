@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LARGEST_BLOCK = 16384
-_COLUMNS_PER_WARP = 2048
+_COLUMNS_PER_WARP = 1024
 
 
 @triton.jit

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from k1.attribution import Leaves
-from k1.block import Folded, fold, unfold
+from k1.block import Folded, unfold
 from k1.forward import Activations, Batch, Forest, Text, arithmetic, embed, priors
+from k1.graphs import Side
 from k1.head import cross_entropy_gradients
 from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
 from k1.kernels.norm import norm_backward, norm_forward
 from k1.kernels.path import add_children, mix_backward
@@ -32,7 +34,12 @@ class TreePass:
     """One forward pass through all trees, and as many backward passes as are asked for."""
 
     def __init__(
-        self, forest: Forest, batch: Batch, text: Text, table: PathTable | None = None
+        self,
+        forest: Forest,
+        batch: Batch,
+        text: Text,
+        side: Side,
+        table: PathTable | None = None,
     ) -> None:
         """Run the trees on a batch.
 
@@ -40,11 +47,15 @@ class TreePass:
             forest: the trees.
             batch: the windows.
             text: the same as the routers see them.
-            table: the blocks whose gradients will be wanted.
+            side: a stream that is free; small things run there, beside large ones.
+            table: the blocks whose gradients will be wanted, if they are known yet and many; else
+                `choose` them afterwards.
         """
-        self.forest, self.batch, self._table = forest, batch, table
+        self.forest, self.batch, self._side, self._table = forest, batch, side, table
+        with side.fork():
+            prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
         lanes = len(forest.rows)
-        d, f = forest.config.model.embed, forest.config.model.feed_forward
+        d = forest.config.model.embed
         tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
         self._rows = forest.rows.flatten(0, 1)
         pieces, folded = self._read(self._rows)
@@ -56,23 +67,33 @@ class TreePass:
             dtype=arithmetic(forest.config), device=self._rows.device,
         )  # fmt: skip
         self._flow[:lanes] = embed(shared, batch.inputs).view(lanes, tokens, d)
-        keep = None
+        self._folded = folded
+        kept = None
         if table is not None:
-            self._kept = Kept.empty(len(table.row), tokens, d, f, self._flow)
-            self._weights = Folded(*[t.index_select(0, table.row) for t in folded.tensors()])
-            if table.counts == tuple(index.width for index in forest.levels):
-                keep = table.place  # every block: nothing is spared by a pass of their own
+            kept = self._make_room(table)
         ys = []
         for index in forest.levels:
             part = self._flow[index.first : index.first + lanes * index.width]
-            kept = None if keep is None else self._kept
+            keep = None if table is None else table.place
             self._run(folded, index.source, index.row, part, None, kept, keep)
             ys.append(part.view(lanes, index.width, tokens, d))
-        if table is not None and keep is None:
-            self._run_chosen(store=False)
-        prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
+        side.join()
         self.values = self._mix_up(ys, prior, pieces)
         self._fresh = True
+
+    def choose(self, table: PathTable) -> TreePass:
+        """Say which blocks' gradients will be wanted, after all have run."""
+        self._table = table
+        self._make_room(table)
+        self._run_chosen(store=False)
+        return self
+
+    def _make_room(self, table: PathTable) -> Kept:
+        """Gather the chosen blocks' weights, and make room for what they keep."""
+        model, tokens = self.forest.config.model, self._flow.shape[1]
+        self._weights = Folded(*[t.index_select(0, table.row) for t in self._folded.tensors()])
+        self._kept = Kept.empty(len(table.row), tokens, model.embed, model.feed_forward, self._flow)
+        return self._kept
 
     @property
     def row(self) -> Tensor:
@@ -82,9 +103,8 @@ class TreePass:
 
     def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Folded]:
         """Pieces and folded weights of flattened arena rows."""
-        pieces = self.forest.block_layout.unpack(rows)
-        folded = fold(pieces, arithmetic(self.forest.config))
-        return pieces, Folded(*[t.contiguous() for t in folded.tensors()])
+        layout = self.forest.block_layout
+        return layout.unpack(rows), fold_fused(rows, layout, arithmetic(self.forest.config))
 
     def _run(
         self,
@@ -158,8 +178,7 @@ class TreePass:
         by_gain, by_shift = norm_backward(
             by_hidden, normed, inverse, gain, 1 / tokens, grad[:lanes]
         )
-        by_input, by_row = self._backward(grad, pieces)
-        by_token, by_position = self._by_embedding(by_input.float(), len(shared["embedding"][0]))
+        by_row, by_token, by_position = self._backward(grad, pieces)
         by_shared = {
             "embedding": by_token,
             "position": by_position,
@@ -169,8 +188,8 @@ class TreePass:
         }
         return losses.mean(1), by_row, forest.shared_layout.pack(by_shared)
 
-    def _backward(self, grad: Tensor, pieces: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """From the roots' gradients, in `grad` [M, N, d], to inputs [L, N, d] and rows [M, P]."""
+    def _backward(self, grad: Tensor, pieces: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P], tokens and positions."""
         table, forest, config = self._table, self.forest, self.forest.config
         assert table is not None
         tokens = grad.shape[1]
@@ -199,9 +218,13 @@ class TreePass:
                 self._time,
                 config.model.heads,
             )
+        with self._side.fork():
+            by_token, by_position = self._by_embedding(dx[: len(forest.rows)].float())
         by_piece = unfold(pieces, backward_weights(self._kept, factors, grad))
         by_piece |= self._by_router(router, pieces)
-        return dx[: len(forest.rows)], forest.block_layout.pack(by_piece)
+        by_row = forest.block_layout.pack(by_piece)
+        self._side.join()
+        return by_row, by_token, by_position
 
     def _by_router(
         self, router: tuple[Tensor, Tensor] | None, pieces: dict[str, Tensor]
@@ -216,9 +239,10 @@ class TreePass:
             bias[:inner] = by_logits.sum(1, dtype=torch.float32)
         return {"router.weight": weight, "router.bias": bias}
 
-    def _by_embedding(self, by_input: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    def _by_embedding(self, by_input: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of embedding [L, V, d] and positions [L, T, d], given the roots' inputs'."""
         lanes, _, d = by_input.shape
+        vocab = self.forest.shared_layout.shapes[0][0]
         inputs = self.batch.inputs
         by_position = by_input.view(lanes, *inputs.shape[1:], d).sum(1)
         context = self.forest.config.model.context
