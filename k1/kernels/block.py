@@ -53,7 +53,7 @@ def _forward(
     n1_ptr, inverse_1_ptr, kept_ptr, o_ptr, n2_ptr, inverse_2_ptr, u_ptr,
     N, scale,
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
-    M: tl.constexpr, C: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     source = tl.load(source_ptr + block)
@@ -88,28 +88,26 @@ def _forward(
         tl.store(n1_ptr + place[:, None] * D + d[None, :], h, mask=held)
         tl.store(inverse_1_ptr + place, inverse, mask=(row < N) & (keep >= 0))
     if T <= M:
-        # Some heads at once: one product per projection, one batched product per attention step.
-        W: tl.constexpr = G * HD
-        wide, column = place[:, None] * (3 * D), tl.arange(0, W)[None, :]
+        # All heads at once: one product per projection, one batched product per attention step.
+        q = _project(h, qkv_ptr, qkv_bias_ptr, 0, D, D)
+        k = _project(h, qkv_ptr, qkv_bias_ptr, D, D, D)
+        v = _project(h, qkv_ptr, qkv_bias_ptr, 2 * D, D, D)
+        if KEEP:
+            wide = place[:, None] * (3 * D) + d[None, :]
+            tl.store(kept_ptr + wide, q, mask=held)
+            tl.store(kept_ptr + wide + D, k, mask=held)
+            tl.store(kept_ptr + wide + 2 * D, v, mask=held)
+        q = tl.permute(tl.reshape(q, (M, H, HD)), (1, 0, 2))
+        k = tl.permute(tl.reshape(k, (M, H, HD)), (1, 2, 0))
+        v = tl.permute(tl.reshape(v, (M, H, HD)), (1, 0, 2))
         seen = (row[:, None] // T == row[None, :] // T) & (row[None, :] <= row[:, None])
-        for i in tl.static_range(H // G):
-            q = _project(h, qkv_ptr, qkv_bias_ptr, i * W, D, W)
-            k = _project(h, qkv_ptr, qkv_bias_ptr, D + i * W, D, W)
-            v = _project(h, qkv_ptr, qkv_bias_ptr, 2 * D + i * W, D, W)
-            if KEEP:
-                tl.store(kept_ptr + wide + i * W + column, q, mask=held)
-                tl.store(kept_ptr + wide + D + i * W + column, k, mask=held)
-                tl.store(kept_ptr + wide + 2 * D + i * W + column, v, mask=held)
-            q = tl.permute(tl.reshape(q, (M, G, HD)), (1, 0, 2))
-            k = tl.permute(tl.reshape(k, (M, G, HD)), (1, 2, 0))
-            v = tl.permute(tl.reshape(v, (M, G, HD)), (1, 0, 2))
-            score = tl.where(seen[None], _dot(q, k) * scale, -1e30)
-            power = tl.exp(score - tl.max(score, 2)[:, :, None])
-            o = _dot(power.to(kind), v) / tl.sum(power, 2)[:, :, None]
-            o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, W)).to(kind)
-            if KEEP:
-                tl.store(o_ptr + place[:, None] * D + i * W + column, o, mask=held)
-            x += _dot(o, tl.load(out_ptr + (i * W + tl.arange(0, W))[:, None] * D + d[None, :]))
+        score = tl.where(seen[None], _dot(q, k) * scale, -1e30)
+        power = tl.exp(score - tl.max(score, 2)[:, :, None])
+        o = _dot(power.to(kind), v) / tl.sum(power, 2)[:, :, None]
+        o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, D)).to(kind)
+        if KEEP:
+            tl.store(o_ptr + place[:, None] * D + d[None, :], o, mask=held)
+        x += _dot(o, tl.load(out_ptr + d[:, None] * D + d[None, :]))
     else:
         # A long sequence: earlier rows are normed and projected again, a chunk at a time.
         hd = tl.arange(0, HD)
@@ -221,16 +219,9 @@ def _gelu_backward(u_ptr, grad_ptr, act_ptr, size, E: tl.constexpr):
 _ROWS = 64
 """Tokens that a program of the forward kernel holds. Twice as many are no faster, and some such
 variants were compiled to wrong results (Triton 3.6, H200)."""
-_GROUP = 64
-"""Width of the heads that are attended to at once; more would not fit into the registers."""
 _LONGEST_BACKWARD = 128
 """The kernel for the attention gradient holds a sequence's scores on the chip; PyTorch's, which
 runs for longer ones, does not."""
-
-
-def _group(heads: int, embed: int) -> int:
-    """How many heads make up `_GROUP` columns."""
-    return max(1, min(heads, _GROUP * heads // embed))
 
 
 def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
@@ -320,7 +311,7 @@ def run_blocks(
         x, source, weight, source if keep is None else keep, target, out, *folded.tensors(),
         *([out] * 7 if kept is None else vars(kept).values()),
         tokens, (d // heads) ** -0.5,
-        T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=64, G=_group(heads, d),
+        T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=64,
         KEEP=kept is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
@@ -395,28 +386,15 @@ def backward_inputs(
 
 
 def backward_weights(kept: Kept, factors: Factors, dy: Tensor) -> Folded:
-    """Gradients of R blocks' weights, after `backward_inputs`; float32 on CUDA."""
+    """Gradients of R blocks' weights, after `backward_inputs`."""
     blocks, tokens, _ = dy.shape
-    # A few blocks alone would keep few units busy: cut their tokens into parts.
-    parts = 1
-    while blocks * parts < 32 and tokens % (parts * 2) == 0 and tokens // parts > 256:
-        parts *= 2
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        left, right = (t.reshape(blocks * parts, tokens // parts, -1) for t in (left, right))
-        if left.is_cuda:
-            by_part = torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
-        else:
-            by_part = torch.bmm(left.transpose(1, 2), right)
-        return by_part.unflatten(0, (blocks, parts)).sum(1) if parts > 1 else by_part
-
-    one = torch.ones(1, tokens, 8, dtype=dy.dtype, device=dy.device).expand(blocks, -1, -1)
+    one = torch.ones(1, 1, tokens, dtype=dy.dtype, device=dy.device).expand(blocks, 1, tokens)
     return Folded(
-        product(kept.normed_1, factors.by_qkv),
-        product(one, factors.by_qkv)[:, 0],
-        product(kept.attended, factors.by_middle),
-        product(kept.normed_2, factors.by_hidden),
-        product(one, factors.by_hidden)[:, 0],
-        product(factors.act, dy),
-        product(one, dy)[:, 0],
+        torch.bmm(kept.normed_1.transpose(1, 2), factors.by_qkv),
+        torch.bmm(one, factors.by_qkv)[:, 0],
+        torch.bmm(kept.attended.transpose(1, 2), factors.by_middle),
+        torch.bmm(kept.normed_2.transpose(1, 2), factors.by_hidden),
+        torch.bmm(one, factors.by_hidden)[:, 0],
+        torch.bmm(factors.act.transpose(1, 2), dy),
+        torch.bmm(one, dy)[:, 0],
     )

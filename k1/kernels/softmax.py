@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST_BLOCK = 16384
-_COLUMNS_PER_WARP = 1024
+_LONGEST = 20480
+"""Numbers of a row that a program holds in registers."""
+_BLOCK = 4096
 
 
 @triton.jit
@@ -22,25 +23,35 @@ def _cross_entropy_row(
     losses,
     VOCAB: tl.constexpr,
     GRADIENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * VOCAB
     target = tl.load(targets + row)
-    columns = tl.arange(0, BLOCK)
 
-    if VOCAB <= BLOCK:
-        inside = columns < VOCAB
-        x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        odds = tl.exp(x - tl.max(x, axis=0))
-        total = tl.sum(odds, axis=0)
-        hit = columns == target
-        tl.store(losses + row, tl.log(total) + tl.max(x, axis=0) - tl.sum(tl.where(hit, x, 0.0)))
+    if FIRST > 0:
+        # The row as two powers of two, which waste fewer registers than one.
+        rest = FIRST + tl.arange(0, REST)
+        head = tl.arange(0, FIRST)
+        here = tl.load(logits + target).to(tl.float32)
+        x = tl.load(logits + head).to(tl.float32)
+        y = tl.load(logits + rest, mask=rest < VOCAB, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(tl.max(x, axis=0), tl.max(y, axis=0))
+        x, y = tl.exp(x - top), tl.exp(y - top)
+        total = tl.sum(x, axis=0) + tl.sum(y, axis=0)
+        tl.store(losses + row, tl.log(total) + top - here)
         if GRADIENT:
-            gradient = odds / total - tl.where(hit, 1.0, 0.0)
-            tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+            # The gradient at the target replaces what another thread may still have to read.
+            tl.debug_barrier()
+            x = x / total - tl.where(head == target, 1.0, 0.0)
+            y = y / total - tl.where(rest == target, 1.0, 0.0)
+            tl.store(logits + head, x.to(logits.dtype.element_ty))
+            tl.store(logits + rest, y.to(logits.dtype.element_ty), mask=rest < VOCAB)
         return
 
+    columns = tl.arange(0, BLOCK)
     # A finite start, so that a block without anything in it is no difference of infinities.
     top = tl.full((), -3.0e38, tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -80,14 +91,16 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, losses: Tensor, gradient
         gradient: whether to write it; without, the logits stay as they are.
     """
     lanes, tokens, vocab = logits.shape
-    block = min(_LARGEST_BLOCK, max(128, triton.next_power_of_2(vocab)))
-    with torch.cuda.device_of(logits):
-        _cross_entropy_row[(lanes * tokens,)](
-            logits,
-            targets,
-            losses,
-            VOCAB=vocab,
-            GRADIENT=gradient,
-            BLOCK=block,
-            num_warps=max(1, block // _COLUMNS_PER_WARP),
-        )
+    first = 1 << (vocab.bit_length() - 1)
+    fits = vocab <= _LONGEST
+    _cross_entropy_row[(lanes * tokens,)](
+        logits,
+        targets,
+        losses,
+        VOCAB=vocab,
+        GRADIENT=gradient,
+        FIRST=first if fits else 0,
+        REST=max(2, triton.next_power_of_2(vocab - first)) if fits else 2,
+        BLOCK=_BLOCK,
+        num_warps=min(8, max(1, vocab // 512)),
+    )
