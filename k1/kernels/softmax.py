@@ -6,7 +6,6 @@ maximum and a running sum, and once more to write the gradient.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,22 +32,21 @@ def _cross_entropy_row(
 
     if FIRST > 0:
         # The row as two powers of two, which waste fewer registers than one.
-        rest = FIRST + tl.arange(0, REST)
-        head = tl.arange(0, FIRST)
-        here = tl.load(logits + target).to(tl.float32)
-        x = tl.load(logits + head).to(tl.float32)
-        y = tl.load(logits + rest, mask=rest < VOCAB, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(tl.max(x, axis=0), tl.max(y, axis=0))
-        x, y = tl.exp(x - top), tl.exp(y - top)
-        total = tl.sum(x, axis=0) + tl.sum(y, axis=0)
-        tl.store(losses + row, tl.log(total) + top - here)
+        left, right = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
+        there = tl.load(logits + target).to(tl.float32)
+        p = tl.load(logits + left).to(tl.float32)
+        q = tl.load(logits + right, mask=right < VOCAB, other=float("-inf")).to(tl.float32)
+        most = tl.maximum(tl.max(p, axis=0), tl.max(q, axis=0))
+        p, q = tl.exp(p - most), tl.exp(q - most)
+        norm = tl.sum(p, axis=0) + tl.sum(q, axis=0)
+        tl.store(losses + row, tl.log(norm) + most - there)
         if GRADIENT:
             # The gradient at the target replaces what another thread may still have to read.
             tl.debug_barrier()
-            x = x / total - tl.where(head == target, 1.0, 0.0)
-            y = y / total - tl.where(rest == target, 1.0, 0.0)
-            tl.store(logits + head, x.to(logits.dtype.element_ty))
-            tl.store(logits + rest, y.to(logits.dtype.element_ty), mask=rest < VOCAB)
+            p = p / norm - tl.where(left == target, 1.0, 0.0)
+            q = q / norm - tl.where(right == target, 1.0, 0.0)
+            tl.store(logits + left, p.to(logits.dtype.element_ty))
+            tl.store(logits + right, q.to(logits.dtype.element_ty), mask=right < VOCAB)
         return
 
     columns = tl.arange(0, BLOCK)
