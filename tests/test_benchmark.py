@@ -14,7 +14,7 @@ import torch
 from k1.bench import suite as suite_module
 from k1.bench.attribution import agreement, wilson_interval
 from k1.bench.configurations import CONFIGURATIONS, block_count, configuration
-from k1.bench.drivers import Driver
+from k1.bench.drivers import Driver, build_driver, variant_config
 from k1.bench.report import COLUMNS, growth, markdown
 from k1.bench.suite import Plan, Suite, formula_flops, parameters
 from k1.bench.timing import TooSlowError, at_most, interleave, quartile_range
@@ -58,9 +58,10 @@ class Sleeper(Driver):
 def test_variants_take_turns_and_each_round_begins_with_another():
     log: list[str] = []
     drivers: dict[str, Driver] = {name: Sleeper(name, 0.002, log) for name in "abc"}
-    times = interleave(drivers, dict.fromkeys("abc", 2), 4, CPU)
+    for number, times in enumerate(interleave(drivers, dict.fromkeys("abc", 2), 4, CPU), 1):
+        assert len(log) == 3 * number
+        assert all(len(values) == number and min(values) >= 2 for values in times.values())
     assert "".join(log) == "abcbcacababc"
-    assert all(len(values) == 4 and min(values) >= 2 for values in times.values())
 
 
 def test_what_takes_too_long_is_stopped():
@@ -117,6 +118,20 @@ def test_the_formula_knows_what_each_variant_saves():
     flops = {name: formula_flops(config, 10_000, VARIANTS[name]) for name in names}
     assert flops["dense"] > flops["stock-toggle"] > flops["sparse"] > flops["path-only"]
     assert flops["path-only"] > flops["frozen-forward"]
+    one, four = (formula_flops(config, 10_000, VARIANTS[f"sparse{n}"]) for n in ("", "-inner-4"))
+    assert four > one > formula_flops(config, 10_000, VARIANTS["sparse"], fused=True)
+
+
+def test_a_variant_gets_the_engine_that_it_asks_for(data):
+    config = small_config()
+    variant = VARIANTS["sparse-inner-2"].on("cpu")
+    driver = build_driver(config, data, CPU, variant)
+    assert driver.engine.arena.config == variant_config(config, variant)
+    assert driver.engine.arena.config.update.inner_steps == 2
+    assert driver.engine.graphs is None and not driver.backend.frozen
+    captured = build_driver(config, data, CPU, replace(variant, graph=True))
+    assert captured.engine.graphs is not None
+    assert build_driver(config, data, CPU, VARIANTS["stock-eager"]).backend is None
 
 
 # -- a configuration ----------------------------------------------------------------------------
@@ -137,7 +152,7 @@ def crowded(monkeypatch, data):
         return driver
 
     monkeypatch.setattr(suite_module, "build_driver", build)
-    monkeypatch.setattr(suite_module, "variant_config", lambda config, variant: config)
+    monkeypatch.setattr(suite_module, "formula_flops", lambda *sizes, **kind: 1e6)
     said: list[str] = []
     plan = Plan(CPU, 1e9, rounds=2, seconds=0.01, say=said.append)
     return Suite(small_config(), data, plan), alive
@@ -175,6 +190,20 @@ def test_a_variant_that_fails_is_reported_beside_the_others(crowded, monkeypatch
     assert records["sparse"]["status"] == "ok"
 
 
+def test_whoever_keeps_the_records_sees_every_variant_and_round(crowded):
+    suite, _ = crowded
+    seen: list[dict] = []
+    variants = [sized("sparse", 1), sized("b", 1)]
+    records = suite.run(variants, lambda now: seen.append(json.loads(json.dumps(now))))
+    assert seen[-1] == records
+    states = [{name: record["status"] for name, record in now.items()} for now in seen]
+    assert states[0] == dict.fromkeys(("sparse", "b"), "unfinished")
+    ready = next(i for i, now in enumerate(seen) if "first_ms" in now["sparse"])
+    assert "first_ms" not in seen[ready]["b"] and states[ready]["sparse"] == "unfinished"
+    rounds = [len(now["b"].get("rounds_ms", [])) for now in seen]
+    assert rounds == sorted(rounds) and {*rounds} == {0, 1, 2}
+
+
 # -- attribution --------------------------------------------------------------------------------
 
 
@@ -201,6 +230,7 @@ def record(ms: float, **fields):
         "status": "ok", "median_ms": ms, "iqr_ms": 0.5, "rounds_ms": [ms], "steps_per_round": 4,
         "ratio": ms / 2, "build_seconds": 1.0, "peak_bytes": ms * 1e9, "kernels": 12.0,
         "flops_counted": 3e9, "flops_formula": 2e9, "floor_share": 0.25, "about": "a step",
+        "backend": "kernels, of course", "first_ms": ms,
         **fields,
     }  # fmt: skip
 
@@ -226,7 +256,7 @@ def recorded(scale: float = 1.0) -> dict:
 
 
 def result(**cases) -> dict:
-    return {"command": "python scripts/benchmark.py --rounds 7", "rounds": 7,
+    return {"command": "python scripts/benchmark.py --rounds 7", "rounds": 7, "complete": True,
             "versions": {"torch": "9.9", "cuda": None},
             "device": {"type": "cuda", "name": "Some GPU", "matmul_flops": 7e14},
             "configurations": cases}  # fmt: skip
@@ -242,9 +272,22 @@ def test_the_page_says_what_was_recorded():
             "(`stock-compiled`), with 0.20x its peak memory.") in page  # fmt: skip
     assert "`sparse` is 4.00x as fast as K-1's best dense step (`dense`), with 0.25x" in page
     assert "Attribution takes 12.5 % of the `sparse` step." in page
+    assert "`dense`, `sparse`: kernels, of course." in page
     assert "95.0 % of 20 batches (95 % interval 76.0-99.0 %)" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {len(COLUMNS) + 1}
+
+
+def test_the_page_of_a_run_that_was_stopped_says_so():
+    case = recorded()
+    case["variants"]["exact"] = {"status": "unfinished", "about": "a step"}
+    case["variants"]["path-only"] = {"status": "unfinished", "about": "a step", "first_ms": 7.0}
+    page = markdown([{**result(default=case), "complete": False}])
+    assert "stopped before its end" in page
+    assert "stopped before its end" not in markdown([result(default=recorded())])
+    assert "| `exact` | unfinished | -" in page
+    assert "`path-only`: unfinished; a step took some 7 ms at first." in page
+    assert "`exact`: unfinished;" not in page
 
 
 def test_growth_needs_both_sizes():
@@ -267,8 +310,11 @@ def test_the_command_line_measures_and_writes(tmp_path: Path):
         "--variants", names, "--json", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sparse" in done.stdout and done.stderr == ""
+    assert "sparse" in done.stdout and "round 1" not in done.stdout
+    assert "  frozen-forward: ready in" in done.stderr and "  round 2 of 2: " in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     found = json.loads(out.read_text())
+    assert found["complete"]
     assert "--rounds 2" in found["command"] and found["command"].startswith("python scripts/bench")
     assert found["device"]["type"] == "cpu" and found["device"]["threads"] == 1
     assert found["device"]["matmul_flops"] > 1e8
