@@ -7,21 +7,15 @@ from k1.config import Config, ModelConfig
 from k1.forward import Activations, learned_logits
 from k1.mixing import mix, sibling_softmax
 from k1.path import _mix_level, index_paths
-from tests.kernels import (
-    DEVICE,
-    DTYPES,
+from tests.kernel_harness import (
     MAX_CHILDREN,
     ON_GPU,
     TOLERANCE,
     Draw,
+    device,
     ragged_levels,
     repeats_in_a_graph,
 )
-
-pytest.importorskip("triton", reason="needs Triton")
-
-from k1.kernels.mix import mix_frozen
-from k1.kernels.path_mix import own_rows, path_mix
 
 ROUTERS = ["mean", "learned", "evidence"]
 EMBED = 12
@@ -31,12 +25,8 @@ LEVELS = [(0, 67), (1, 11), (2, 11)]
 HARD_SEED = 6
 
 
-@pytest.fixture(scope="module")
-def levels():
-    return ragged_levels()
-
-
-def test_the_trees_are_ragged(levels):
+def test_the_trees_are_ragged():
+    levels = ragged_levels()
     leaves = [bool((index.is_leaf & index.alive).any()) for index in levels]
     assert leaves == [False, True, True, True]
     assert any(not bool(index.alive.all()) for index in levels[1:])
@@ -47,9 +37,9 @@ def test_the_trees_are_ragged(levels):
 class FrozenCase:
     """One level with random values."""
 
-    def __init__(self, levels, level, router, tokens, dtype, embed=EMBED):
+    def __init__(self, level, router, tokens, dtype, embed=EMBED):
         draw, self.tokens, self.dtype = Draw(level, dtype), tokens, dtype
-        self.parent, self.child = parent, child = levels[level : level + 2]
+        self.parent, self.child = parent, child = ragged_levels()[level : level + 2]
         lanes = parent.alive.shape[0]
         self.y = (draw(lanes, parent.width, tokens, embed) * 3 + 1).to(dtype)
         self.m = draw(lanes, child.width, tokens, embed).to(dtype)
@@ -64,6 +54,8 @@ class FrozenCase:
             self.weight = self.bias = None
 
     def fused(self):
+        from k1.kernels.mix import mix_frozen
+
         return mix_frozen(
             self.y, self.m, self.prior, self.weight, self.bias, self.parent, self.child
         )
@@ -78,16 +70,13 @@ class FrozenCase:
             }
             learned = learned_logits(pieces, y)
         route = sibling_softmax(self.prior.double(), learned, self.parent, self.child)
-        by_child = route.by_child.double().expand(-1, -1, self.tokens)
+        by_child = route.double().expand(-1, -1, self.tokens)
         mixed = mix(self.m.double(), by_child, self.parent, self.child)
         return torch.where(self.parent.is_leaf[..., None, None], y, mixed), by_child
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize(("level", "tokens"), LEVELS)
-def test_frozen_mix_equals_softmax_and_mix(levels, level, tokens, router, dtype):
-    case = FrozenCase(levels, level, router, tokens, dtype)
+def check_frozen_mix(level, tokens, router, dtype=torch.float32):
+    case = FrozenCase(level, router, tokens, dtype)
     mixed, by_child = case.fused()
     expected, expected_share = case.plain()
     parent = case.parent
@@ -102,7 +91,8 @@ def test_frozen_mix_equals_softmax_and_mix(levels, level, tokens, router, dtype)
 class PathCase:
     """One level of paths with random values, for the plain code and for the kernel."""
 
-    def __init__(self, levels, level, router, seed, tokens=11, dtype=torch.float32, embed=EMBED):
+    def __init__(self, level, router, seed, tokens=11, dtype=torch.float32, embed=EMBED):
+        levels = ragged_levels()
         draw, child = Draw(seed, dtype), levels[level + 1]
         on_path = torch.zeros(child.alive.shape[0], 23, dtype=torch.bool)
         chosen = draw.uniform(*on_path.shape).cpu() < 0.5
@@ -113,7 +103,7 @@ class PathCase:
         for below, index in zip(levels[:0:-1], levels[-2::-1], strict=True):
             for lane, position in (on_path[:, below.offset :][:, : below.width]).nonzero():
                 on_path[lane, index.offset + int(below.parent[lane, position])] = True
-        self.paths = index_paths(on_path.to(DEVICE), levels, 9, 23)
+        self.paths = index_paths(on_path.to(device()), levels, 9, 23)
         self.level, self.levels = level, levels
         path, under = self.paths[level : level + 2]
         (lanes, rows), below_rows = path.slot.shape, under.slot.shape[1]
@@ -136,11 +126,9 @@ class PathCase:
     def plain(self, dtype):
         """Output and gradients of the code that a CPU runs."""
         y, below, weight, bias = leaves = self.leaves(dtype)
-        above, child = self.levels[self.level : self.level + 2]
         prior, constant = self.prior.to(bias.dtype), self.constant.to(dtype)
-        routing = sibling_softmax(prior, None, above, child)
         empty = [None] * (self.level + 1)
-        frozen = Activations([], [*empty, constant], [*empty, prior], [*empty[1:], routing])
+        frozen = Activations([], [*empty, constant], [*empty, prior], [])
         pieces = {"router.weight": weight, "router.bias": bias}
         lead = empty[1:]
         out = _mix_level(
@@ -162,6 +150,8 @@ class PathCase:
 
     def fused(self, dtype):
         """Output and gradients of the kernels."""
+        from k1.kernels.path_mix import own_rows, path_mix
+
         y, below, weight, bias = leaves = self.leaves(dtype)
         index, under = self.levels[self.level], self.paths[self.level + 1]
         learned = None
@@ -176,11 +166,8 @@ class PathCase:
         return out.detach(), self.gradients(out, leaves)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize(("level", "tokens"), LEVELS)
-def test_path_mix_equals_autograd(levels, level, tokens, router, dtype):
-    case = PathCase(levels, level, router, HARD_SEED, tokens, dtype)
+def check_path_mix(level, tokens, router, dtype=torch.float32):
+    case = PathCase(level, router, HARD_SEED, tokens, dtype)
     out, grads = case.fused(dtype)
     expected, expected_grads = case.plain(torch.float64)
     valid = case.paths[level].valid
@@ -193,11 +180,12 @@ def test_path_mix_equals_autograd(levels, level, tokens, router, dtype):
         assert error <= TOLERANCE[dtype]["rtol"] * torch.linalg.vector_norm(wanted), name
 
 
-def test_the_cases_have_what_is_hard(levels):
-    """Siblings both on the path, path leaves beside path parents, and padding."""
-    case = PathCase(levels, 1, "evidence", HARD_SEED)
+def check_what_is_hard():
+    from k1.kernels.path_mix import own_rows
+
+    case = PathCase(1, "evidence", HARD_SEED)
     path, under = case.paths[1], case.paths[2]
-    index = levels[1]
+    index = case.levels[1]
     children, exists = case.at_path(index.children), case.at_path(index.has_child)
     own = own_rows(children, exists, under.position, under.in_parent)
     on_path = (own >= 0).sum(-1)
@@ -207,12 +195,14 @@ def test_the_cases_have_what_is_hard(levels):
     assert not bool((own >= 0)[~path.valid].any())
 
 
-def test_own_rows_by_loops(levels):
+def check_own_rows():
+    from k1.kernels.path_mix import own_rows
+
     for seed in range(4):
-        case = PathCase(levels, 1, "mean", seed)
+        case = PathCase(1, "mean", seed)
         path, under = case.paths[1], case.paths[2]
-        children = case.at_path(levels[1].children)
-        exists = case.at_path(levels[1].has_child)
+        children = case.at_path(case.levels[1].children)
+        exists = case.at_path(case.levels[1].has_child)
         own = own_rows(children, exists, under.position, under.in_parent)
         expected = torch.full_like(own, -1)
         for lane, row, rank in exists.nonzero().tolist():
@@ -226,20 +216,60 @@ def test_own_rows_by_loops(levels):
         assert torch.equal(own, expected)
 
 
-@pytest.mark.parametrize("router", ["mean", "evidence"])
-def test_rows_that_nobody_owns_get_no_gradient(levels, router):
-    case = PathCase(levels, 1, router, HARD_SEED)
+def check_padding(router):
+    case = PathCase(1, router, HARD_SEED)
     grad = case.fused(torch.float32)[1][1]
     valid = case.paths[2].valid
     assert not grad[~valid].any() and grad[valid].flatten(1).any(1).all()
 
 
-def test_a_value_that_is_not_finite_stays_in_its_lane_and_shows(levels):
-    case = PathCase(levels, 0, "evidence", HARD_SEED)
+def check_a_value_that_is_not_finite():
+    case = PathCase(0, "evidence", HARD_SEED)
     case.y[1] = torch.nan
     out, grads = case.fused(torch.float32)
     assert out[1].isnan().all() and out[[0, 2, 3]].isfinite().all()
     assert grads[1][1][case.paths[1].valid[1]].isnan().all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("level", "tokens"), LEVELS)
+def test_frozen_mix_equals_softmax_and_mix(kernels, level, tokens, router):
+    kernels(check_frozen_mix, level, tokens, router)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("level", "tokens"), LEVELS)
+def test_path_mix_equals_autograd(kernels, level, tokens, router):
+    kernels(check_path_mix, level, tokens, router)
+
+
+def test_the_cases_have_siblings_on_the_path_leaves_beside_parents_and_padding(kernels):
+    kernels(check_what_is_hard)
+
+
+def test_own_rows_by_loops(kernels):
+    kernels(check_own_rows)
+
+
+@pytest.mark.parametrize("router", ["mean", "evidence"])
+def test_rows_that_nobody_owns_get_no_gradient(kernels, router):
+    kernels(check_padding, router)
+
+
+def test_a_value_that_is_not_finite_stays_in_its_lane_and_shows(kernels):
+    kernels(check_a_value_that_is_not_finite)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("level", "tokens"), LEVELS)
+class TestInBfloat16:
+    pytestmark = ON_GPU
+
+    def test_frozen_mix_equals_softmax_and_mix(self, level, tokens, router):
+        check_frozen_mix(level, tokens, router, torch.bfloat16)
+
+    def test_path_mix_equals_autograd(self, level, tokens, router):
+        check_path_mix(level, tokens, router, torch.bfloat16)
 
 
 @pytest.mark.parametrize("router", ["mean", "evidence"])
@@ -247,14 +277,14 @@ def test_a_value_that_is_not_finite_stays_in_its_lane_and_shows(levels):
 class TestOnGpu:
     pytestmark = ON_GPU
 
-    def test_at_full_width_with_many_tokens(self, levels, dtype, router):
-        case = FrozenCase(levels, 1, router, 1000, dtype, embed=128)
+    def test_at_full_width_with_many_tokens(self, dtype, router):
+        case = FrozenCase(1, router, 1000, dtype, embed=128)
         for found, expected in zip(case.fused(), case.plain(), strict=True):
             keep = slice(None) if found.dim() == 3 else case.parent.alive
             error = torch.linalg.vector_norm(found[keep].double() - expected[keep])
             limit = TOLERANCE[dtype]["rtol"] * torch.linalg.vector_norm(expected[keep])
             assert error <= limit
-        paths = PathCase(levels, 1, router, HARD_SEED, 1000, dtype, embed=128)
+        paths = PathCase(1, router, HARD_SEED, 1000, dtype, embed=128)
         (out, grads), (expected, wanted) = paths.fused(dtype), paths.plain(torch.float64)
         valid = paths.paths[1].valid
         pairs = [(out[valid], expected[valid]), *zip(grads, wanted, strict=True)]
@@ -262,10 +292,10 @@ class TestOnGpu:
             error = torch.linalg.vector_norm(found.double() - right)
             assert error <= TOLERANCE[dtype]["rtol"] * torch.linalg.vector_norm(right)
 
-    def test_in_a_graph_the_bits_are_the_same(self, levels, dtype, router):
-        frozen = FrozenCase(levels, 1, router, 300, dtype, embed=128)
+    def test_in_a_graph_the_bits_are_the_same(self, dtype, router):
+        frozen = FrozenCase(1, router, 300, dtype, embed=128)
         assert repeats_in_a_graph(frozen.fused)
-        paths = PathCase(levels, 1, router, HARD_SEED, 300, dtype, embed=128)
+        paths = PathCase(1, router, HARD_SEED, 300, dtype, embed=128)
 
         def both_ways():
             out, grads = paths.fused(dtype)

@@ -7,6 +7,7 @@ import torch
 
 from k1.config import OptimizerConfig
 from k1.optimizer import Rows, adamw
+from tests.kernel_harness import ON_GPU
 
 SLOTS = torch.tensor([[0, 3, 2, 5, 5], [1, 5, 5, 0, 4]])
 ON = torch.tensor([[True, True, False, False, False], [True, False, False, True, True]])
@@ -100,15 +101,13 @@ def test_shared_rows_equal_the_plain_optimizer(interpreted):
     interpreted(check_shared, 1500)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_rows_on_a_gpu(name, dtype):
-    check_rows(name, 5000, dtype, "cuda")
+class TestOnGpu:
+    pytestmark = ON_GPU
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_rows_equal_the_plain_optimizer(self, name, dtype):
+        check_rows(name, 5000, dtype, "cuda")
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_shared_rows_on_a_gpu():
-    check_shared(5000, "cuda")
+    def test_shared_rows_equal_the_plain_optimizer(self):
+        check_shared(5000, "cuda")
