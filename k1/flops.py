@@ -11,36 +11,25 @@ def block_flops_per_token(config: Config) -> float:
     return 2.0 * (4 * d * d + 2 * d * f) + 2.0 * d * t
 
 
-def step_flops(
-    config: Config, vocab_size: int, blocks: int, updated: float, *, fused: bool = False
-) -> float:
-    """Operations of one training step.
+def step_flops(config: Config, vocab_size: int, blocks: int, updated: float) -> float:
+    """Operations of one training step, as PyTorch does it without kernels.
 
-    A backward pass costs twice its forward pass. Sparse mode runs every block forward, the updated
-    ones backward, and a full pass on the probe. Without kernels the updated blocks run forward once
-    more, for the first pass keeps nothing for their gradients.
-
-    Each inner step beyond the first runs the head forward and backward to its input, and the
-    culprits forward and backward; without kernels, the culprits' ancestors run forward too. There
-    is taken to be one culprit for every whole path among the updated blocks, and at least one.
+    A backward pass costs twice its forward pass. Sparse mode runs every block forward; the updated
+    ones and the head forward and backward, in each inner step anew; and a full pass on the probe.
+    What kernels spare of this is left out, so that a price on compute is the same on every device.
 
     Args:
         config: sizes and mode.
         vocab_size: width of the head.
         blocks: living blocks, root included.
         updated: blocks that a step updates, root included (not used in dense and exact mode).
-        fused: whether kernels run the blocks with gradients too. What has to be the same on every
-            device, such as a price on compute, leaves it False.
     """
     tokens = config.train.batch * config.model.context
     block = block_flops_per_token(config) * tokens
-    head = 2.0 * config.model.embed * vocab_size * tokens
-    full = 3 * blocks * block + 3 * head
+    head = 3 * 2.0 * config.model.embed * vocab_size * tokens
+    full = 3 * blocks * block + head
     if config.update.mode != "sparse":
         return full
     probe = config.update.probe_fraction / config.update.attribution_every
-    culprits = max(1.0, (updated - 1) / max(1, len(config.model.branching)))
-    again, culprits_again = (0.0, culprits) if fused else (updated, updated)
-    first = (blocks + again + 2 * updated) * block + 3 * head
-    further = (culprits_again + 2 * culprits) * block + 2 * head
-    return first + (config.update.inner_steps - 1) * further + probe * full
+    paths = config.update.inner_steps * (3 * updated * block + head)
+    return blocks * block + paths + probe * full

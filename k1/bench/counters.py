@@ -15,8 +15,7 @@ def flops_per_step(engine: Engine) -> float:
         updated = sum(engine.path_blocks) / steps
     else:
         updated = float(a["blocks_updated"].sum()) / steps + 1  # the root moves too
-    fused = engine.backend.trained
-    return step_flops(a.config, a.vocab_size, len(a.trees[0].blocks), updated, fused=fused)
+    return step_flops(a.config, a.vocab_size, len(a.trees[0].blocks), updated)
 
 
 def updated_per_step(engine: Engine) -> float:

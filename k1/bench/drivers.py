@@ -189,8 +189,8 @@ class FrozenDriver(Driver):
     def __init__(self, arena: Arena, store: TokenStore, variant: Variant) -> None:
         """Capture the pass on a first batch."""
         self.deterministic = variant.deterministic and arena.device.type == "cuda"
-        self.arena = arena
-        self.backend = make_engine(arena, store, variant).backend
+        self.engine = make_engine(arena, store, variant)
+        self.backend = self.engine.backend
         self.batch = Stream(store, arena.config).next()
         self.graph: torch.cuda.CUDAGraph | None = None
         if variant.graph:
@@ -206,15 +206,7 @@ class FrozenDriver(Driver):
 
     @torch.no_grad()
     def _forward(self) -> None:
-        forest, batch = self.arena.forest(0, 1), self.batch
-        text = read_text(batch, forest.config)
-        if self.backend is not None and self.backend.frozen:
-            from k1.kernels.tree import forward_frozen
-
-            forward_frozen(forest, batch, text)
-        else:
-            weights, router = forest.weights(), forest.router
-            forward(weights, router, forest.levels, batch, text, forest.config)
+        self.engine._output(self.engine.arena.forest(0, 1), self.batch)
 
     def advance(self, steps: int) -> None:
         """Run the pass."""

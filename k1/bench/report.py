@@ -199,12 +199,12 @@ the quartiles beside it. Building, compiling and warming up are apart. All varia
 same batches; ordinary modules and `dense-compiled` are handed theirs, K-1's engine draws them
 within its time. K-1's engine runs with torch's deterministic algorithms on CUDA, nothing else does.
 Counted operations are those of the same step run plainly, by PyTorch's own counter, which takes
-causal attention for full; the formula is `k1/flops.py`, and knows that kernels spare the path its
-second forward pass. % of floor is the time that the formula's
-operations would take at the rate of a large matrix product, as a share of the time measured. Peak
-memory is what a variant adds, at most, to what others hold; it is not measured on a CPU, where
-variants in one process cannot be told apart. Variants that do not fit together in memory are
-measured in further rounds, in which the reference takes part again.
+causal attention for full; the formula (`k1/flops.py`) is for the plain step too. % of floor is the
+time that the formula's operations would take at the rate of a large matrix product, as a share of
+the time measured. Peak memory is what a variant adds, at most, to what others hold; it is not
+measured on a CPU, where variants in one process cannot be told apart. Variants that do not fit
+together in memory, and those that are compiled, are measured in further rounds, in which the
+reference takes part again.
 """
 
 

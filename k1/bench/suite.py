@@ -70,10 +70,8 @@ def parameters(config: Config, vocab_size: int) -> int:
     return block_count(config) * block.total + shared.total
 
 
-def formula_flops(
-    config: Config, vocab_size: int, variant: Variant, *, fused: bool = False
-) -> float:
-    """Operations of one step of a variant, by formula; `fused` as for `step_flops`."""
+def formula_flops(config: Config, vocab_size: int, variant: Variant) -> float:
+    """Operations of one step of a variant, by formula."""
     config, blocks = variant_config(config, variant), block_count(config)
     tokens = config.train.batch * config.model.context
     block = block_flops_per_token(config) * tokens
@@ -88,7 +86,7 @@ def formula_flops(
         trained = (2 * blocks + depth) * products + 3 * blocks * attention
         return tokens * (trained + 3 * 2.0 * d * vocab_size)
     updated = min(config.train.top_k, blocks - 1) + 1
-    return step_flops(config, vocab_size, blocks, updated, fused=fused)
+    return step_flops(config, vocab_size, blocks, updated)
 
 
 def free_memory(device: torch.device) -> None:
@@ -123,8 +121,9 @@ class Suite:
     ) -> dict[str, Record]:
         """Measure variants.
 
-        All that fit in memory are measured in the same rounds. What does not fit waits for
-        further rounds, in which the reference takes part again: every ratio is within its rounds.
+        All that fit in memory are measured in the same rounds. What does not fit, and what has to
+        be compiled first, which takes long, waits for further rounds, in which the reference takes
+        part again: every ratio is within its rounds.
 
         Args:
             variants: what to measure.
@@ -137,18 +136,19 @@ class Suite:
         self._keep = keep or _forget
         self.records = {v.name: {"status": "unfinished", "about": v.about} for v in variants}
         self._count(variants)
-        waiting = list(variants)
         reference = next((v for v in variants if v.name == REFERENCE), None)
-        while waiting:
-            group: dict[str, _Live] = {}
-            if reference is not None and waiting[0] is not reference:
-                self._try(reference, group)
-            self._fill(waiting, group)
-            self._measure(group)
-            group.clear()
-            if any(variant.compiled for variant in variants):
-                torch._dynamo.reset()  # it holds what it compiled
-            free_memory(self.plan.device)
+        for compiled in (False, True):
+            waiting = [v for v in variants if (v.compiled is not None) == compiled]
+            while waiting:
+                group: dict[str, _Live] = {}
+                if reference is not None and waiting[0] is not reference:
+                    self._try(reference, group)
+                self._fill(waiting, group)
+                self._measure(group)
+                group.clear()
+                if compiled:
+                    torch._dynamo.reset()  # it holds what it compiled
+                free_memory(self.plan.device)
         return self.records
 
     def _note(self, name: str, found: Record) -> None:
@@ -254,9 +254,6 @@ class Suite:
         step_ms = record["first_ms"] = elapsed_ms(driver, PERIOD, device)
         if driver.backend is not None:
             record["backend"] = driver.backend.reason
-            record["flops_formula"] = formula_flops(
-                self.config, self.data.vocab_size, variant, fused=driver.backend.trained
-            )
         record["kernels"] = kernels_per_step(driver, PERIOD, device)
         peak = 0
         record["peak_bytes"] = None
