@@ -34,6 +34,11 @@ class Layout:
         return [math.prod(shape) for shape in self.shapes]
 
     @property
+    def starts(self) -> list[int]:
+        """Where each piece begins in a row."""
+        return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+
+    @property
     def total(self) -> int:
         """Numbers in a row."""
         return sum(self.sizes)
@@ -107,7 +112,7 @@ def initial_rows(layout: Layout, rows: int, generator: torch.Generator) -> Tenso
     return torch.cat(pieces, dim=1)
 
 
-def _causal_attention(qkv: Tensor, heads: int) -> Tensor:
+def causal_attention(qkv: Tensor, heads: int) -> Tensor:
     """Causal attention: [sequences, time, 3 * embed] -> [sequences, time, embed]."""
     sequences, time, width = qkv.shape
     d = width // 3
@@ -213,7 +218,7 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     blocks, batch, time, d = x.shape
     x = x.reshape(blocks, batch * time, d)
     qkv = torch.baddbmm(p.qkv_bias[:, None], F.layer_norm(x, (d,)), p.qkv)
-    a = _causal_attention(qkv.view(blocks * batch, time, 3 * d), heads)
+    a = causal_attention(qkv.view(blocks * batch, time, 3 * d), heads)
     x = torch.baddbmm(x, a.view(blocks, batch * time, d), p.out)
     h = torch.baddbmm(p.mlp_in_bias[:, None], F.layer_norm(x, (d,)), p.mlp_in)
     x = x + p.mlp_out_bias[:, None]

@@ -30,12 +30,12 @@ from k1.forward import (
 )
 from k1.graphs import StepGraphs
 from k1.optimizer import Rows, adamw, clip_factor
-from k1.path import PathIndex, PathPass, as_leaf, index_paths
+from k1.path import PathPass, as_leaf, index_paths
 from k1.rng import STREAM_EXPLORE, random_uniform
 from k1.sampling import TokenStore
 
 if TYPE_CHECKING:
-    from k1.kernels.tree import FusedPathPass
+    from k1.kernels.tree import TreePass
 
 _ROWS = ("weight", "first", "second", "count")
 _SHARED_ROWS = ("shared", "shared_first", "shared_second", "shared_count")
@@ -52,6 +52,21 @@ class StepResult:
     selection: Selection
     skipped: Tensor
     """bool [L]: a gradient was not finite, so nothing was updated."""
+
+
+@dataclass(frozen=True)
+class FullGradients:
+    """What a full backward pass leaves."""
+
+    loss: Tensor
+    """float32 [L]."""
+    measured: Tensor
+    """float32 [L, S]: each block's responsibility."""
+    by_row: list[tuple[Tensor, Tensor]]
+    """Arena rows [M] and their gradients [M, P], part by part."""
+    by_shared: Tensor
+    """Gradient of the shared rows [L, Q]."""
+    values: Activations
 
 
 class Engine:
@@ -181,65 +196,75 @@ class Engine:
             shared=as_leaf(weights.shared),
         )
         levels, router = a.index(start, stop), a.router(start, stop)
-        # The exact mode is the reference, and counts by shares that the kernels leave out.
-        fused = self.backend.trained and self.mode != "exact"
-        done = forward(weights, router, levels, batch, text, a.config, fused)
+        done = forward(weights, router, levels, batch, text, a.config)
         loss = lane_loss(weights, done.output, batch)
         grads = torch.autograd.grad(
             loss.sum(), [*weights.levels, weights.shared], allow_unused=True, materialize_grads=True
         )
         return loss.detach(), list(grads[:-1]), grads[-1], done
 
+    def _all_gradients(self, start: int, stop: int, batch: Batch, text: Text) -> FullGradients:
+        """Run a full backward pass."""
+        a = self.arena
+        # The exact mode is the reference, and stays with PyTorch.
+        if self.backend.fused and self.mode != "exact":
+            from k1.kernels.tree import TreePass, all_blocks
+
+            forest = a.forest(start, stop)
+            table = all_blocks(forest, a.leaves(start, stop))
+            done = TreePass(forest, batch, text, table)
+            loss, grad, shared_grad = done.gradients()
+            norms = torch.linalg.vector_norm(grad, dim=-1)[table.place.clamp(min=0)]
+            measured = torch.where(table.place >= 0, norms, 0.0).view(stop - start, -1)
+            return FullGradients(loss, measured, [(table.row, grad)], shared_grad, done.values)
+        loss, grads, shared_grad, values = self.gradients(start, stop, batch, text)
+        levels = a.index(start, stop)
+        measured = responsibilities(grads, levels, a.scratch + 1)
+        parts = [(i.row, g.flatten(0, 1)) for i, g in zip(levels, grads, strict=True)]
+        return FullGradients(loss, measured, parts, shared_grad, values)
+
     def _full(self, start: int, stop: int, batch: Batch, text: Text) -> StepResult:
         """Dense or exact: every block's gradient is computed."""
-        a, config = self.arena, self.arena.config
-        levels = a.index(start, stop)
-        loss, grads, shared_grad, done = self.gradients(start, stop, batch, text)
-        measured = responsibilities(grads, levels, a.scratch + 1)
-        self._remember(start, stop, measured)
+        a = self.arena
+        full = self._all_gradients(start, stop, batch, text)
+        self._remember(start, stop, full.measured)
         if self.mode == "dense":
-            alive = torch.zeros_like(measured, dtype=torch.bool)
-            for index in levels:
-                alive[:, index.offset : index.offset + index.width] = index.alive
+            alive = a.leaves(start, stop).depth > 0
             none = torch.full_like(alive[:, :1], -1, dtype=torch.int64)
             selection = Selection(alive.float(), alive, none)
         else:
-            selection = self._select(start, stop, measured)
-        squares = torch.where(selection.scale > 0, measured, 0.0).square().sum(1)
-        factor, fine = self._clip(start, stop, squares, shared_grad)
-        for index, grad in zip(levels, grads, strict=True):
-            cut = slice(index.offset, index.offset + index.width)
-            self._update(start, stop, cut, grad, selection.scale[:, cut], factor, fine)
-        self._update_shared(start, stop, shared_grad, factor, fine)
-        if config.model.router == "evidence" and self.mode != "dense":
-            most = a.leaves(start, stop).most
-            paths = index_paths(selection.on_path, levels, most, a.scratch)
-            self._count(start, stop, paths, selection, done, text, fine)
-        return StepResult(loss, selection, ~fine)
+            selection = self._select(start, stop, full.measured)
+        squares = torch.where(selection.scale > 0, full.measured, 0.0).square().sum(1)
+        factor, fine = self._clip(start, stop, squares, full.by_shared)
+        for row, grad in full.by_row:
+            self._update(start, stop, row, grad, selection.scale, factor, fine)
+        self._update_shared(start, stop, full.by_shared, factor, fine)
+        if a.config.model.router == "evidence" and self.mode != "dense":
+            self._count(start, stop, selection, full.values, text, fine)
+        return StepResult(full.loss, selection, ~fine)
 
     def _sparse(self, start: int, stop: int, batch: Batch, text: Text, due: bool) -> StepResult:
         """Attribution on a probe now and then; gradients for the chosen paths only."""
-        a, config = self.arena, self.arena.config
+        a, update = self.arena, self.arena.config.update
         if due:
-            probe = batch.head(max(1, round(batch.inputs.shape[1] * config.update.probe_fraction)))
-            _, grads, _, _ = self.gradients(start, stop, probe, read_text(probe, config))
-            measured = responsibilities(grads, a.index(start, stop), a.scratch + 1)
-            every = config.update.attribution_every
-            self._remember(start, stop, measured, a["step"][start:stop] % every == 0)
+            probe = batch.head(max(1, round(batch.inputs.shape[1] * update.probe_fraction)))
+            full = self._all_gradients(start, stop, probe, read_text(probe, a.config))
+            on_time = a["step"][start:stop] % update.attribution_every == 0
+            self._remember(start, stop, full.measured, on_time)
         selection = self._select(start, stop, a["responsibility"][start:stop])
         return self.path_step(start, stop, batch, text, selection)
 
     def path_pass(
         self, start: int, stop: int, batch: Batch, text: Text, selection: Selection
-    ) -> PathPass | FusedPathPass:
+    ) -> PathPass | TreePass:
         """Run everything forward; the result has the gradients of the selected paths."""
         a = self.arena
-        forest, most = a.forest(start, stop), a.leaves(start, stop).most
-        paths = index_paths(selection.on_path, forest.levels, most, a.scratch)
-        if self.backend.trained:
-            from k1.kernels.tree import FusedPathPass
+        forest, leaves = a.forest(start, stop), a.leaves(start, stop)
+        if self.backend.fused:
+            from k1.kernels.tree import TreePass, chosen_blocks
 
-            return FusedPathPass(forest, batch, text, paths)
+            return TreePass(forest, batch, text, chosen_blocks(forest, leaves, selection.on_path))
+        paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
         return PathPass(forest, batch, text, paths)
 
     def path_step(
@@ -252,28 +277,27 @@ class Engine:
         """
         config = self.arena.config
         done = self.path_pass(start, stop, batch, text, selection)
-        slots = torch.cat([path.slot for path in done.paths], dim=1)
-        valid = torch.cat([path.valid for path in done.paths], dim=1)
-        scale = selection.scale.gather(1, slots) * valid
-        leaf = (slots[..., None] == selection.culprits[:, None]).any(-1)
-        loss = all_fine = None
+        all_fine = torch.ones(stop - start, dtype=torch.bool, device=self.arena.device)
+        first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
             last = turn == config.update.inner_steps - 1
-            now, grads, shared_grad = done.gradients()
-            moving = scale if last else torch.where(leaf, scale, 0.0)
-            grad = torch.cat(grads, dim=1)
+            loss, grad, shared_grad = done.gradients()
+            scale = selection.scale if last else _culprits_alone(selection)
             norms = torch.linalg.vector_norm(grad, dim=-1)
-            squares = torch.where(moving > 0, norms, 0.0).square().sum(1)
+            moving = scale.flatten()[done.row] > 0
+            squares = self._by_lane(
+                done.row, torch.where(moving, norms, 0.0).square(), stop - start
+            )
             factor, fine = self._clip(start, stop, squares, shared_grad if last else None)
-            self._update(start, stop, slots, grad, moving, factor, fine)
+            self._update(start, stop, done.row, grad, scale, factor, fine)
             if last:
                 self._update_shared(start, stop, shared_grad, factor, fine)
-            loss = now if loss is None else loss
-            all_fine = fine if all_fine is None else all_fine & fine
-        assert loss is not None and all_fine is not None
+            first_loss = loss if first_loss is None else first_loss
+            all_fine = all_fine & fine
+        assert first_loss is not None
         if config.model.router == "evidence":
-            self._count(start, stop, done.paths, selection, done.values, text, all_fine)
-        return StepResult(loss, selection, ~all_fine)
+            self._count(start, stop, selection, done.values, text, all_fine)
+        return StepResult(first_loss, selection, ~all_fine)
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -304,7 +328,10 @@ class Engine:
             a["data_seed"][start:stop], STREAM_EXPLORE, step, measured.shape[1] + 1
         )
         last = a["last_culprit"][start:stop]
-        return select_paths(measured, last, step, uniform, a.leaves(start, stop), rules)
+        select = select_paths
+        if self.backend.kernels:
+            from k1.kernels.select import select_paths_fused as select
+        return select(measured, last, step, uniform, a.leaves(start, stop), rules)
 
     def _clip(
         self, start: int, stop: int, squares: Tensor, shared_grad: Tensor | None
@@ -320,95 +347,109 @@ class Engine:
         rise = ((a["step"][start:stop] + 1) / max(1, warmup)).clamp(max=1.0)
         return a["lr"][start:stop] * a["lr_factor"][start:stop] * rise
 
+    def _by_lane(self, row: Tensor, values: Tensor, lanes: int) -> Tensor:
+        """Sum values [M] of arena rows by lane: [L]."""
+        lane = row // (self.arena.scratch + 1)
+        own = lane == torch.arange(lanes, device=row.device)[:, None]
+        return torch.where(own, values, 0.0).sum(1)  # no product: one lane's NaN is its own
+
     def _update(
         self,
         start: int,
         stop: int,
-        where: slice | Tensor,
+        row: Tensor,
         grad: Tensor,
         scale: Tensor,
         factor: Tensor,
         fine: Tensor,
     ) -> None:
-        """Make the optimizer step of some slots: a slice of them, or int64 [L, R]."""
-        a = self.arena
-        on = (scale > 0) & fine[:, None]
-        rate = self._rate(start, stop)[:, None] * scale
-        if self.backend.frozen:
-            from k1.kernels.adamw import adamw_rows
+        """Make the optimizer step of some blocks.
 
-            if isinstance(where, slice):
-                slots = torch.arange(where.start, where.stop, device=a.device)
-                where = slots.expand(stop - start, -1)
-            weight, first, second, count = (a[name][start:stop] for name in _ROWS)
-            adamw_rows(
-                weight, first, second, count, where, grad, rate, on, factor, a.config.optimizer
-            )
-            return
-        if isinstance(where, slice):
-            target: tuple = (slice(start, stop), where)
-        else:
-            target = (torch.arange(start, stop, device=a.device)[:, None], where)
-        old = Rows(*(a[name][target] for name in _ROWS))
-        new = adamw(old, grad * factor[:, None, None], rate, on, a.config.optimizer)
-        for name, value in zip(_ROWS, vars(new).values(), strict=True):
-            a[name][target] = value
+        Args:
+            start: first lane.
+            stop: one past the last lane.
+            row: int64 [M]: the blocks' rows among those of the lanes.
+            grad: [M, P].
+            scale: displacement [L, S]; a block at 0 stays as it is.
+            factor: of the gradients [L].
+            fine: bool [L]: a lane that is not stays as it is.
+        """
+        a = self.arena
+        lane, scale = row // (a.scratch + 1), scale.flatten()[row]
+        on, rate = (scale > 0) & fine[lane], self._rate(start, stop)[lane] * scale
+        state = [a[name][start:stop].flatten(0, 1) for name in _ROWS]
+        self._adamw(state, row, grad, rate, on, factor[lane])
 
     def _update_shared(
         self, start: int, stop: int, grad: Tensor, factor: Tensor, fine: Tensor
     ) -> None:
-        a, scale = self.arena, self.arena.config.update.shared_scale
-        on = fine & (scale > 0)
+        scale = self.arena.config.update.shared_scale
+        row = torch.arange(stop - start, device=grad.device)
+        state = [self.arena[name][start:stop] for name in _SHARED_ROWS]
         rate = self._rate(start, stop) * scale
-        weight, first, second, count = (a[name][start:stop] for name in _SHARED_ROWS)
-        if self.backend.frozen:
-            from k1.kernels.adamw import adamw_shared
+        self._adamw(state, row, grad, rate, fine & (scale > 0), factor)
 
-            adamw_shared(weight, first, second, count, grad, rate, on, factor, a.config.optimizer)
+    def _adamw(
+        self,
+        state: list[Tensor],
+        row: Tensor,
+        grad: Tensor,
+        rate: Tensor,
+        on: Tensor,
+        factor: Tensor,
+    ) -> None:
+        """Step rows of (weight, first, second, count), in place."""
+        weight, first, second, count = state
+        config = self.arena.config.optimizer
+        if self.backend.kernels:
+            from k1.kernels.adamw import adamw_rows
+
+            adamw_rows(weight, first, second, count, row, grad, rate, on, factor, config)
             return
-        old = Rows(weight, first, second, count)
-        new = adamw(old, grad * factor[:, None], rate, on, a.config.optimizer)
-        for name, value in zip(_SHARED_ROWS, vars(new).values(), strict=True):
-            a[name][start:stop] = value
+        old = Rows(weight[row], first[row], second[row], count[row])
+        new = adamw(old, grad * factor[:, None], rate, on, config)
+        for target, value in zip(state, vars(new).values(), strict=True):
+            target[row] = value
 
     def _count(
         self,
         start: int,
         stop: int,
-        paths: list[PathIndex],
         selection: Selection,
         done: Activations,
         text: Text,
         fine: Tensor,
     ) -> None:
-        """Add the batch's bigrams to the path blocks, by their share of the routing."""
-        if len(paths) == 1:
-            return  # a root without children routes nothing
-        slots, shares = [], []
-        for weight, path in zip(done.share[1:], paths[1:], strict=True):
-            index = path.position[..., None].expand(-1, -1, weight.shape[-1])
-            share = weight.detach().gather(1, index)
-            updated = selection.scale.gather(1, path.slot) > 0
-            on = path.valid & updated & fine[:, None]
-            tokens = text.bigram[0].numel()
-            slots.append(path.slot)
-            # Not a product: a share may be NaN in a step that is skipped.
-            shares.append(torch.where(on[..., None], share, 0.0).expand(-1, -1, tokens))
-        count = add_counts
-        if self.backend.frozen:
-            from k1.kernels.evidence import add_counts_fused as count
-        count(
-            self.arena["evidence"][start:stop],
-            torch.cat(slots, 1),
-            torch.cat(shares, 1),
-            text.bigram,
-            text.context,
-            text.valid,
-            self.arena.config.evidence,
-        )
+        """Add the batch's bigrams to the updated blocks, by their share of the routing."""
+        a = self.arena
+        counts, ev = a["evidence"][start:stop], a.config.evidence
+        moved = (selection.scale > 0) & fine[:, None]
+        for index, share in zip(a.index(start, stop)[1:], done.share[1:], strict=True):
+            slots = torch.arange(index.offset, index.offset + index.width, device=a.device)
+            on = moved[:, index.offset : index.offset + index.width]
+            if self.backend.kernels:
+                from k1.kernels.evidence import add_counts_fused
+
+                # Not a product: a share may be NaN in a step that is skipped.
+                share = torch.where(on[..., None], share.detach(), 0.0)
+                slots = slots.expand(stop - start, -1)
+                add_counts_fused(counts, slots, share, text.bigram, text.context, text.valid, ev)
+                continue
+            most = max(1, int(on.sum(1).max()))
+            order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
+            valid = on.gather(1, order)
+            picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
+            picked = torch.where(valid[..., None], picked, 0.0)
+            where = torch.where(valid, slots[order], a.scratch)
+            add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)
 
     def _book_keeping(self, start: int, stop: int, result: StepResult) -> None:
         a, lanes = self.arena, slice(start, stop)
+        if self.backend.kernels:
+            from k1.kernels.select import record_step
+
+            record_step(a.state, lanes, result.selection, result.loss, result.skipped, _MEMORY)
+            return
         step, fine = a["step"][lanes], ~result.skipped
         updated = (result.selection.scale > 0) & fine[:, None]
         a["updates"][lanes] += updated
@@ -457,12 +498,19 @@ class Engine:
     def _output(self, forest: Forest, batch: Batch) -> Tensor:
         """The trees' outputs [L, N, d] on a batch."""
         text = read_text(batch, forest.config)
-        if self.backend.frozen:
-            from k1.kernels.tree import forward_frozen
+        if self.backend.fused:
+            from k1.kernels.tree import TreePass
 
-            return forward_frozen(forest, batch, text)[0].output
+            return TreePass(forest, batch, text).values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
+
+
+def _culprits_alone(selection: Selection) -> Tensor:
+    """Displacements [L, S] of the culprits, 0 for all else."""
+    slots = selection.scale.shape[1]
+    hit = selection.culprits[..., None] == torch.arange(slots, device=selection.scale.device)
+    return torch.where(hit.any(1), selection.scale, 0.0)
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

@@ -153,15 +153,10 @@ def embed(pieces: dict[str, Tensor], inputs: Tensor) -> Tensor:
     return x + pieces["position"][:, None, : inputs.shape[-1]]
 
 
-def _head(pieces: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed hidden values, and a head and a bias that hold the gain and shift of that norm.
-
-    `(n(x) * gain + shift) @ head = n(x) @ (gain[:, None] * head) + shift @ head`: hidden values
-    [L, N, d] -> [L, N, d], float32 [L, d, V], float32 [L, V].
-    """
-    gain, shift, head = pieces["norm.weight"], pieces["norm.bias"], pieces["head"]
-    bias = torch.bmm(shift[:, None], head)[:, 0]
-    return F.layer_norm(hidden, (hidden.shape[-1],)), gain[..., None] * head, bias
+def normed_output(pieces: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """Take hidden values [L, N, d] through the final norm."""
+    gain, shift = (pieces[f"norm.{name}"][:, None].to(hidden.dtype) for name in ("weight", "bias"))
+    return torch.addcmul(shift, F.layer_norm(hidden, (hidden.shape[-1],)), gain)
 
 
 def token_losses(pieces: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
@@ -169,13 +164,14 @@ def token_losses(pieces: dict[str, Tensor], hidden: Tensor, targets: Tensor) -> 
 
     Without a gradient; `lane_loss` has one.
     """
-    return token_cross_entropy(*_head(pieces, hidden), targets.flatten(1))
+    hidden = normed_output(pieces, hidden)
+    return token_cross_entropy(hidden, pieces["head"], targets.flatten(1))
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
     """Next-token logits [L, N, vocabulary] of mixed root values [L, N, d]."""
-    h, head, bias = _head(weights.shared_layout.unpack(weights.shared), hidden)
-    return torch.baddbmm(bias[:, None], h, head)
+    pieces = weights.shared_layout.unpack(weights.shared)
+    return torch.bmm(normed_output(pieces, hidden), pieces["head"])
 
 
 def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config, fused: bool = False) -> Tensor:
@@ -211,7 +207,6 @@ def forward(
     batch: Batch,
     text: Text,
     config: Config,
-    fused: bool = False,
 ) -> Activations:
     """Run whole trees. Keeps a graph if the weights require gradients.
 
@@ -222,7 +217,6 @@ def forward(
         batch: the windows.
         text: the same as the routers see them.
         config: the sizes.
-        fused: whether to use the kernels; then no shares are left behind.
     """
     kind, dtype = config.model.router, arithmetic(config)
     _, b, t = batch.inputs.shape
@@ -234,16 +228,13 @@ def forward(
             x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
         own = weights.block_layout.unpack(weights.levels[index.level].flatten(0, 1))
         pieces.append(own)
-        ys.append(run_level(own, x, config, fused))
-    prior = priors(router, levels, text, config, fused)
+        ys.append(run_level(own, x, config))
+    prior = priors(router, levels, text, config)
     m: list[Tensor] = [ys[-1]]
     share: list[Tensor] = []
     for parent, child in reversed(list(pairwise(levels))):
         y, below = ys[parent.level], prior[child.level]
         learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
-        if fused:
-            m.insert(0, _mix_fused(y, m[0], learned, below, parent))
-            continue
         weight = sibling_softmax(below, learned, parent, child)
         mixed = mix(m[0], weight.to(dtype), parent, child)
         if parent.any_leaf:
@@ -254,9 +245,12 @@ def forward(
 
 
 def priors(
-    router: RouterState, levels: list[LevelIndex], text: Text, config: Config, fused: bool
+    router: RouterState, levels: list[LevelIndex], text: Text, config: Config, fused: bool = False
 ) -> list[Tensor]:
-    """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused."""
+    """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused.
+
+    The kernel for the evidence is used if `fused`.
+    """
     result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
     if config.model.router != "evidence":
         return result
@@ -274,19 +268,6 @@ def priors(
     return result
 
 
-def _mix_fused(
-    y: Tensor, m: Tensor, learned: Tensor | None, prior: Tensor, parent: LevelIndex
-) -> Tensor:
-    """Mix a level of which every child has a gradient."""
-    from k1.kernels.path_mix import path_mix
-
-    own = torch.where(parent.has_child, parent.children, -1)
-    constant = m.detach()
-    return path_mix(
-        y, m, learned, prior, constant, parent.children, parent.has_child, own, parent.is_leaf
-    )
-
-
 def arithmetic(config: Config) -> torch.dtype:
     """Dtype of the blocks' arithmetic."""
     return torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
@@ -295,4 +276,5 @@ def arithmetic(config: Config) -> torch.dtype:
 def lane_loss(weights: Weights, hidden: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy per lane in nats per token [L]."""
     pieces = weights.shared_layout.unpack(weights.shared)
-    return mean_cross_entropy(*_head(pieces, hidden), batch.targets.flatten(1))
+    hidden = normed_output(pieces, hidden)
+    return mean_cross_entropy(hidden, pieces["head"], batch.targets.flatten(1))

@@ -22,101 +22,95 @@ from torch.autograd.function import once_differentiable
 _CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 8 * 2**20}
 
 
-def mean_cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Mean over tokens of the cross-entropy of `hidden @ head + bias`, in nats, of each lane.
+def mean_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean over tokens of the cross-entropy of `hidden @ head`, in nats, of each lane.
 
     Differentiable once, by all but the targets. Targets are not checked.
 
     Args:
         hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
         head: [L, d, V], float32 or of the dtype of `hidden`.
-        bias: float32 [L, V].
         targets: int64 [L, N], from 0 to V - 1.
 
     Returns:
         float32 [L] (float64 for float64 arithmetic).
     """
     if torch.is_grad_enabled():
-        loss: Tensor = _MeanCrossEntropy.apply(hidden, head, bias, targets)
+        loss: Tensor = _MeanCrossEntropy.apply(hidden, head, targets)
         return loss
-    return token_cross_entropy(hidden, head, bias, targets).mean(1)
+    return token_cross_entropy(hidden, head, targets).mean(1)
 
 
 @torch.no_grad()
-def token_cross_entropy(hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every token, without a gradient.
 
     Args:
         hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
         head: [L, d, V], float32 or of the dtype of `hidden`.
-        bias: float32 [L, V].
         targets: int64 [L, N], from 0 to V - 1.
 
     Returns:
         float32 [L, N] (float64 for float64 arithmetic).
     """
-    losses = hidden.new_empty(targets.shape, dtype=_wide(hidden.dtype))
-    head = head.to(hidden.dtype)
+    return cross_entropy_gradients(hidden, head, targets, False, False)[0]
+
+
+@torch.no_grad()
+def cross_entropy_gradients(
+    hidden: Tensor, head: Tensor, targets: Tensor, for_hidden: bool = True, for_head: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross-entropy of every token, and the gradients of their sum.
+
+    Args:
+        hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
+        head: [L, d, V], float32 or of the dtype of `hidden`.
+        targets: int64 [L, N], from 0 to V - 1.
+        for_hidden: whether the gradient by the hidden values is wanted.
+        for_head: whether the gradient by the head is wanted.
+
+    Returns:
+        Losses float32 [L, N] in nats, and the gradients: by `hidden` in its dtype, by `head` in
+        float32 (float64 for float64 arithmetic).
+    """
+    wide = _wide(hidden.dtype)
+    weight = head.to(hidden.dtype)
+    losses = hidden.new_empty(targets.shape, dtype=wide)
+    d_hidden = hidden.new_empty(hidden.shape) if for_hidden else None
+    d_head = head.new_empty(head.shape, dtype=wide) if for_head else None
     for lanes, tokens in _chunks(hidden, head.shape[2]):
-        _losses(
-            _cut(hidden, lanes, tokens),
-            _cut(head, lanes),
-            _cut(bias, lanes),
-            _cut(targets, lanes, tokens),
-            _cut(losses, lanes, tokens),
-            gradient=False,
-        )
-    return losses
+        part, own = _cut(hidden, lanes, tokens), _cut(weight, lanes)
+        wanted, out = _cut(targets, lanes, tokens), _cut(losses, lanes, tokens)
+        d_logits = _losses(part, own, wanted, out, gradient=for_hidden or for_head)
+        if d_hidden is not None:
+            torch.bmm(d_logits, own.transpose(1, 2), out=_cut(d_hidden, lanes, tokens))
+        if d_head is not None:
+            first = tokens.start == 0
+            _product(_cut(d_head, lanes), part.transpose(1, 2), d_logits, add=not first)
+    return losses, d_hidden, d_head
 
 
 class _MeanCrossEntropy(torch.autograd.Function):
     """Losses and, in the same pass, the gradients of their sum that will be wanted."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        wide = _wide(hidden.dtype)
-        weight = head.to(hidden.dtype)
-        losses = hidden.new_empty(targets.shape, dtype=wide)
-        for_hidden, for_head, for_bias, _ = ctx.needs_input_grad
-        d_hidden = hidden.new_empty(hidden.shape) if for_hidden else None
-        d_head = head.new_empty(head.shape, dtype=wide) if for_head else None
-        d_bias = bias.new_empty(bias.shape) if for_bias else None
-        gradient = any(ctx.needs_input_grad)
-        for lanes, tokens in _chunks(hidden, head.shape[2]):
-            part, own = _cut(hidden, lanes, tokens), _cut(weight, lanes)
-            d_logits = _losses(
-                part,
-                own,
-                _cut(bias, lanes),
-                _cut(targets, lanes, tokens),
-                _cut(losses, lanes, tokens),
-                gradient,
-            )
-            first = tokens.start == 0
-            if d_hidden is not None:
-                torch.bmm(d_logits, own.transpose(1, 2), out=_cut(d_hidden, lanes, tokens))
-            if d_head is not None:
-                _product(_cut(d_head, lanes), part.transpose(1, 2), d_logits, add=not first)
-            if d_bias is not None and first:
-                torch.sum(d_logits, 1, dtype=d_bias.dtype, out=_cut(d_bias, lanes))
-            elif d_bias is not None:
-                _cut(d_bias, lanes).add_(d_logits.sum(1, dtype=d_bias.dtype))
-        ctx.save_for_backward(d_hidden, d_head, d_bias)
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        losses, d_hidden, d_head = cross_entropy_gradients(hidden, head, targets, *wanted)
+        ctx.save_for_backward(d_hidden, d_head)
         ctx.tokens, ctx.head_dtype = targets.shape[1], head.dtype
         return losses.mean(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        each = (grad / ctx.tokens)[:, None]
-        d_hidden, d_head, d_bias = ctx.saved_tensors
+        each = (grad / ctx.tokens)[:, None, None]
+        d_hidden, d_head = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden = d_hidden * each[..., None].to(d_hidden.dtype)
+            d_hidden = d_hidden * each.to(d_hidden.dtype)
         if d_head is not None:
-            d_head = (d_head * each[..., None]).to(ctx.head_dtype)
-        if d_bias is not None:
-            d_bias = d_bias * each
-        return d_hidden, d_head, d_bias, None
+            d_head = (d_head * each).to(ctx.head_dtype)
+        return d_hidden, d_head, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -150,14 +144,13 @@ def _cut(tensor: Tensor, lanes: slice, tokens: slice | None = None) -> Tensor:
 
 
 def _losses(
-    hidden: Tensor, head: Tensor, bias: Tensor, targets: Tensor, losses: Tensor, gradient: bool
+    hidden: Tensor, head: Tensor, targets: Tensor, losses: Tensor, gradient: bool
 ) -> Tensor:
     """Write the losses of a chunk and return the gradient of their sum by its logits.
 
     Args:
         hidden: [lanes, n, d].
         head: [lanes, d, V], of the dtype of `hidden`.
-        bias: float32 [lanes, V].
         targets: int64 [lanes, n].
         losses: [lanes, n]; written.
         gradient: whether the gradient is wanted; without, what is returned means nothing.
@@ -169,10 +162,10 @@ def _losses(
         from k1.kernels.softmax import cross_entropy_rows
 
         logits = torch.bmm(hidden, head)
-        cross_entropy_rows(logits, bias.contiguous(), targets.contiguous(), losses, gradient)
+        cross_entropy_rows(logits, targets.contiguous(), losses, gradient)
         return logits
     index = targets[..., None]
-    logits = torch.baddbmm(bias[:, None].to(hidden.dtype), hidden, head).to(losses.dtype)
+    logits = torch.bmm(hidden, head).to(losses.dtype)
     if not gradient:
         torch.neg(torch.log_softmax(logits, 2).gather(2, index), out=losses[..., None])
         return logits

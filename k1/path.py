@@ -10,6 +10,7 @@ embedding it leaves out what the attention and feed-forward branches beside the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,8 +89,15 @@ class PathPass:
                 forest.weights(), forest.router, forest.levels, batch, text, forest.config
             )
 
-    def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Loss [L], gradients [L, R, P] of each level's path blocks, the shared gradient [L, Q].
+    @cached_property
+    def row(self) -> Tensor:
+        """Arena rows of the path blocks: int64 [M], scratch rows where padded."""
+        lanes, slots, _ = self.forest.rows.shape
+        lane = torch.arange(lanes, device=self.forest.rows.device)[:, None] * slots
+        return torch.cat([(path.slot + lane).flatten() for path in self.paths])
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [L], gradients [M, P] of the path blocks and [L, Q] of the shared part.
 
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         """
@@ -104,7 +112,7 @@ class PathPass:
         *by_level, by_shared = torch.autograd.grad(
             loss.sum(), [*rows, shared], allow_unused=True, materialize_grads=True
         )
-        return loss.detach(), by_level, by_shared
+        return loss.detach(), torch.cat([g.flatten(0, 1) for g in by_level]), by_shared
 
 
 def as_leaf(view: Tensor) -> Tensor:

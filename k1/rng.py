@@ -13,6 +13,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from k1.kernels import AVAILABLE
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -46,6 +48,10 @@ def random_bits(seed: Tensor, stream: int, counter: Tensor, width: int) -> Tenso
     Returns:
         int64 [lanes, width].
     """
+    if seed.is_cuda and AVAILABLE:
+        from k1.kernels.random import random_bits_fused
+
+        return random_bits_fused(seed, stream, counter, width)
     base = mix(mix(seed * _GOLDEN + stream) + counter * _GOLDEN)
     column = torch.arange(1, width + 1, device=seed.device, dtype=torch.int64) * _GOLDEN
     return _shift_right(mix(base[:, None] + column), 2)

@@ -241,9 +241,11 @@ class LevelIndex:
     """int64 [L, W]: position in the level above (0 where dead)."""
     rank: Tensor
     """int64 [L, W]."""
+    first: int
+    """Where this level begins in the list of all inputs and outputs: L inputs of roots, then the
+    outputs of each level, lane by lane."""
     source: Tensor
-    """int64 [L * W]: the parent's place in the flattened level above, -1 where dead; for the root
-    its lane."""
+    """int64 [L * W]: the place of each block's input in that list; -1 where dead."""
     row: Tensor
     """int64 [L * W]: the block's row in the flattened arena, of these lanes alone."""
     children: Tensor
@@ -315,7 +317,7 @@ def index_levels(
     extent = extent or Extent.of(trees)
     first, ranks, width = trees[0], extent.ranks, extent.width
     depth, slots = len(width), first.slots + 1
-    lanes, levels = len(trees), []
+    lanes, levels, first_place = len(trees), [], 0
     for level in range(depth):
         offset, w = first.offset[level], width[level]
         alive = torch.zeros(lanes, w, dtype=torch.bool)
@@ -334,8 +336,9 @@ def index_levels(
                     children[lane, up, block.rank] = block.slot - tree.offset[level + 1]
                     has_child[lane, up, block.rank] = True
         lane_number = torch.arange(lanes)[:, None]
-        above = width[level - 1] if level else 1
-        source = torch.where(alive, parent + lane_number * above, -1)
+        above, before = (width[level - 1], first_place) if level else (1, 0)
+        first_place = before + lanes * above
+        source = torch.where(alive, before + parent + lane_number * above, -1)
         row = torch.arange(offset, offset + w) + lane_number * slots
         is_leaf = ~has_child.any(-1)
         everywhere = has_child.flatten(0, 1).all(0).tolist()
@@ -348,6 +351,7 @@ def index_levels(
                 is_leaf=is_leaf.to(device),
                 parent=parent.to(device),
                 rank=rank.to(device),
+                first=first_place,
                 source=source.flatten().to(device),
                 row=row.flatten().to(device),
                 children=children.to(device),

@@ -23,14 +23,12 @@ def _count_steps(
     slots,
     on,
     corrections,
-    rows,
-    count_lane,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
 ):
     row = tl.program_id(0)
     active = tl.load(on + row) != 0
-    count += (row // rows).to(tl.int64) * count_lane + tl.load(slots + row)
+    count += tl.load(slots + row)
     steps = tl.load(count, mask=active, other=0) + 1
     tl.store(count, steps, mask=active)
 
@@ -61,12 +59,9 @@ def _move_rows(
     on,
     factor,
     corrections,
-    rows,
     size,
-    lane_stride,
     slot_stride,
-    grad_lane_stride,
-    grad_row_stride,
+    grad_stride,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
@@ -74,13 +69,12 @@ def _move_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    lane = (row // rows).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (at < size) & (tl.load(on + row) != 0)
-    here = lane * lane_stride + tl.load(slots + row) * slot_stride + at
-    there = lane * grad_lane_stride + (row % rows).to(tl.int64) * grad_row_stride + at
+    here = tl.load(slots + row) * slot_stride + at
+    there = row.to(tl.int64) * grad_stride + at
 
-    g = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32) * tl.load(factor + lane)
+    g = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32) * tl.load(factor + row)
     w = tl.load(weight + here, mask=mask, other=0.0)
     m = tl.load(first + here, mask=mask, other=0.0)
     v = tl.load(second + here, mask=mask, other=0.0)
@@ -104,7 +98,7 @@ def adamw_rows(
     first: Tensor,
     second: Tensor,
     count: Tensor,
-    slots: Tensor,
+    row: Tensor,
     grad: Tensor,
     rate: Tensor,
     on: Tensor,
@@ -114,94 +108,28 @@ def adamw_rows(
     """Make one AdamW step, in place, of the rows that are on; others stay bit for bit.
 
     Args:
-        weight: float32 [L, S, P], each row contiguous; strided as the moments are.
+        weight: float32 [S, P], each row contiguous; strided as the moments are.
         first: first moments, like `weight`.
         second: second moments, like `weight`.
-        count: int64 [L, S]: steps that each row has made.
-        slots: int64 [L, R]: the rows; those that are on differ from each other within a lane.
-        grad: float32 or bfloat16 [L, R, P], each row contiguous.
-        rate: float32 [L, R]: learning rate of each row, displacement scale included.
-        on: bool [L, R].
-        factor: float32 [L]: what the gradients are multiplied by.
+        count: int64 [S]: steps that each row has made.
+        row: int64 [M]: which rows; those that are on differ from each other.
+        grad: float32 or bfloat16 [M, P], each row contiguous.
+        rate: float32 [M]: learning rate of each row, displacement scale included.
+        on: bool [M].
+        factor: float32 [M]: what each gradient is multiplied by.
         config: the decay rates and the weight decay.
     """
-    lanes, rows, size = grad.shape
+    rows, size = grad.shape
     if not weight.stride() == first.stride() == second.stride():
         raise ValueError("weight, first and second are not strided alike")
-    if not weight.stride(2) == grad.stride(2) == count.stride(1) == 1:
+    if not weight.stride(1) == grad.stride(1) == count.stride(0) == 1:
         raise ValueError("rows and counts must be contiguous")
-    slots, rate, on, factor = (t.contiguous() for t in (slots, rate, on, factor))
-    corrections = torch.empty(lanes, rows, 2, dtype=torch.float32, device=weight.device)
-    with torch.cuda.device_of(weight):
-        _count_steps[(lanes * rows,)](
-            count,
-            slots,
-            on,
-            corrections,
-            rows,
-            count.stride(0),
-            BETA1=config.beta1,
-            BETA2=config.beta2,
-            num_warps=1,
-        )
-        _move_rows[(lanes * rows, triton.cdiv(size, _BLOCK))](
-            weight,
-            first,
-            second,
-            slots,
-            grad,
-            rate,
-            on,
-            factor,
-            corrections,
-            rows,
-            size,
-            weight.stride(0),
-            weight.stride(1),
-            grad.stride(0),
-            grad.stride(1),
-            BETA1=config.beta1,
-            BETA2=config.beta2,
-            EPS=config.eps,
-            DECAY=config.weight_decay,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
-
-
-def adamw_shared(
-    weight: Tensor,
-    first: Tensor,
-    second: Tensor,
-    count: Tensor,
-    grad: Tensor,
-    rate: Tensor,
-    on: Tensor,
-    factor: Tensor,
-    config: OptimizerConfig,
-) -> None:
-    """Make one AdamW step, in place, of the shared rows of the lanes that are on.
-
-    Args:
-        weight: float32 [L, Q]; strided as the moments are.
-        first: first moments, like `weight`.
-        second: second moments, like `weight`.
-        count: int64 [L].
-        grad: float32 or bfloat16 [L, Q].
-        rate: float32 [L].
-        on: bool [L].
-        factor: float32 [L].
-        config: the decay rates and the weight decay.
-    """
-    adamw_rows(
-        weight[:, None],
-        first[:, None],
-        second[:, None],
-        count[:, None],
-        torch.zeros_like(count)[:, None],
-        grad[:, None],
-        rate[:, None],
-        on[:, None],
-        factor,
-        config,
-    )
+    row, rate, on, factor = (t.contiguous() for t in (row, rate, on, factor))
+    corrections = torch.empty(rows, 2, dtype=torch.float32, device=weight.device)
+    betas = {"BETA1": config.beta1, "BETA2": config.beta2}
+    _count_steps[(rows,)](count, row, on, corrections, **betas, num_warps=1)
+    _move_rows[(rows, triton.cdiv(size, _BLOCK))](
+        weight, first, second, row, grad, rate, on, factor, corrections,
+        size, weight.stride(0), grad.stride(0),
+        **betas, EPS=config.eps, DECAY=config.weight_decay, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip

@@ -12,14 +12,13 @@ Shapes: S blocks, N tokens of each (whole sequences of T), d = embed, f = feed_f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from k1.block import Folded
+from k1.block import Folded, causal_attention
 
 _EPS = tl.constexpr(1e-5)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -159,7 +158,7 @@ def _forward(
             tl.store(u_ptr + place[:, None] * F + c[None, :], u.to(kind), mask=held)
         u = 0.5 * u * (1.0 + tl.erf(u * _ROOT_HALF))
         x += _dot(u.to(kind), tl.load(back_ptr + c[:, None] * D + d[None, :]))
-    tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside & (target >= 0))
 
 
 @triton.jit
@@ -221,11 +220,12 @@ _ROWS = 64
 """Tokens that a program of the forward kernel holds. Twice as many are no faster, and some such
 variants were compiled to wrong results (Triton 3.6, H200)."""
 _LONGEST_BACKWARD = 128
-"""The attention gradient holds a sequence's scores on the chip."""
+"""The kernel for the attention gradient holds a sequence's scores on the chip; PyTorch's, which
+runs for longer ones, does not."""
 
 
-def why_not_frozen(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
-    """Say why the forward kernel does not fit these sizes, or None if it does."""
+def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
+    """Say why the kernels do not fit these sizes, or None if they do."""
     if embed not in (64, 128, 256):
         return f"embed {embed} is not 64, 128 or 256"
     if embed // heads not in (16, 32, 64, 128):
@@ -235,13 +235,6 @@ def why_not_frozen(embed: int, feed_forward: int, heads: int, time: int) -> str 
     if time not in (16, 32, 64, 128, 256):
         return f"windows of {time} tokens are not 16, 32, 64, 128 or 256 long"
     return None
-
-
-def why_not_trained(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
-    """Say why the kernels do not fit these sizes with gradients, or None if they do."""
-    if time > _LONGEST_BACKWARD:
-        return f"windows of {time} tokens are too long for the backward kernel"
-    return why_not_frozen(embed, feed_forward, heads, time)
 
 
 @dataclass(frozen=True)
@@ -304,7 +297,7 @@ def run_blocks(
         keep: int64, one for each of the weights: where in `kept` the values of a block with these
             weights go; -1 for nowhere.
         out: where results go instead of a new tensor.
-        target: int64 [S]: which row of `out` each block writes; -1 for a dead one that writes none.
+        target: int64 [S]: which row of `out` each block writes; -1 for none.
 
     Returns:
         [S, N, d] in the dtype of x, or `out`.
@@ -324,84 +317,84 @@ def run_blocks(
     return out
 
 
-def run_backward(
-    folded: Folded, kept: Kept, dy: Tensor, time: int, heads: int
-) -> tuple[Tensor, Folded]:
-    """Gradients of R blocks from those of their outputs.
+@dataclass(frozen=True)
+class Factors:
+    """What R blocks' weight gradients are products of, beside what was kept."""
+
+    by_qkv: Tensor
+    """[R, N, 3 * d]: gradient of the projections."""
+    by_middle: Tensor
+    """[R, N, d]: gradient between attention and feed-forward."""
+    by_hidden: Tensor
+    """[R, N, f]: gradient before the gelu."""
+    act: Tensor
+    """[R, N, f]: the gelu's values."""
+
+    @staticmethod
+    def empty(kept: Kept) -> Factors:
+        """Make room for the blocks of `kept`."""
+        return Factors(*map(torch.empty_like, (kept.qkv, kept.attended, kept.hidden, kept.hidden)))
+
+    def rows(self, start: int, stop: int) -> Factors:
+        """View some of the blocks."""
+        return Factors(*[t[start:stop] for t in vars(self).values()])
+
+
+def backward_inputs(
+    folded: Folded, kept: Kept, dy: Tensor, factors: Factors, dx: Tensor, time: int, heads: int
+) -> None:
+    """Write the gradients of R blocks' inputs, given those of their outputs.
 
     Args:
         folded: the weights of these blocks (the biases are not used).
         kept: what the forward pass kept.
         dy: [R, N, d], contiguous.
+        factors: written: what `backward_weights` needs.
+        dx: [R, N, d], contiguous; written.
         time: T.
         heads: attention heads.
-
-    Returns:
-        Gradients of the inputs [R, N, d] and of the weights.
     """
     blocks, tokens, d = dy.shape
     rows = blocks * tokens
 
-    def through_norm(grad: Tensor, normed: Tensor, inverse: Tensor, beside: Tensor) -> Tensor:
-        result = torch.empty_like(beside)
+    def through_norm(
+        grad: Tensor, normed: Tensor, inverse: Tensor, beside: Tensor, out: Tensor
+    ) -> None:
         _norm_backward[(triton.cdiv(rows, 16),)](
-            grad, normed, inverse, beside, result, rows, D=d, R=16
+            grad, normed, inverse, beside, out, rows, D=d, R=16
         )
-        return result
 
-    du, act = torch.bmm(dy, folded.mlp_out.transpose(1, 2)), torch.empty_like(kept.hidden)
-    size = act.numel()
-    _gelu_backward[(triton.cdiv(size, 1024),)](kept.hidden, du, act, size, E=1024)
+    du, size = factors.by_hidden, factors.by_hidden.numel()
+    torch.bmm(dy, folded.mlp_out.transpose(1, 2), out=du)
+    _gelu_backward[(triton.cdiv(size, 1024),)](kept.hidden, du, factors.act, size, E=1024)
     dn = torch.bmm(du, folded.mlp_in.transpose(1, 2))
-    dmid = through_norm(dn, kept.normed_2, kept.inverse_2, dy)
-    do, dqkv = torch.bmm(dmid, folded.out.transpose(1, 2)), torch.empty_like(kept.qkv)
-    _attention_backward[(heads, rows // time)](
-        kept.qkv, kept.attended, do, dqkv, (d // heads) ** -0.5,
-        T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
-    )  # fmt: skip
-    dn = torch.bmm(dqkv, folded.qkv.transpose(1, 2))
-    dx = through_norm(dn, kept.normed_1, kept.inverse_1, dmid)
+    through_norm(dn, kept.normed_2, kept.inverse_2, dy, factors.by_middle)
+    do = torch.bmm(factors.by_middle, folded.out.transpose(1, 2))
+    if time <= _LONGEST_BACKWARD:
+        _attention_backward[(heads, rows // time)](
+            kept.qkv, kept.attended, do, factors.by_qkv, (d // heads) ** -0.5,
+            T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
+        )  # fmt: skip
+    else:
+        qkv = kept.qkv.view(-1, time, 3 * d).detach().requires_grad_()
+        with torch.enable_grad():
+            attended = causal_attention(qkv, heads)
+        (grad,) = torch.autograd.grad(attended, qkv, do.view(-1, time, d))
+        factors.by_qkv.copy_(grad.view_as(factors.by_qkv))
+    torch.bmm(factors.by_qkv, folded.qkv.transpose(1, 2), out=dn)
+    through_norm(dn, kept.normed_1, kept.inverse_1, factors.by_middle, dx)
+
+
+def backward_weights(kept: Kept, factors: Factors, dy: Tensor) -> Folded:
+    """Gradients of R blocks' weights, after `backward_inputs`."""
+    blocks, tokens, _ = dy.shape
     one = torch.ones(1, 1, tokens, dtype=dy.dtype, device=dy.device).expand(blocks, 1, tokens)
-    return dx, Folded(
-        torch.bmm(kept.normed_1.transpose(1, 2), dqkv),
-        torch.bmm(one, dqkv)[:, 0],
-        torch.bmm(kept.attended.transpose(1, 2), dmid),
-        torch.bmm(kept.normed_2.transpose(1, 2), du),
-        torch.bmm(one, du)[:, 0],
-        torch.bmm(act.transpose(1, 2), dy),
+    return Folded(
+        torch.bmm(kept.normed_1.transpose(1, 2), factors.by_qkv),
+        torch.bmm(one, factors.by_qkv)[:, 0],
+        torch.bmm(kept.attended.transpose(1, 2), factors.by_middle),
+        torch.bmm(kept.normed_2.transpose(1, 2), factors.by_hidden),
+        torch.bmm(one, factors.by_hidden)[:, 0],
+        torch.bmm(factors.act.transpose(1, 2), dy),
         torch.bmm(one, dy)[:, 0],
     )
-
-
-class _Trained(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, time: int, heads: int, *weights: Tensor) -> Tensor:
-        folded = Folded(*[w.contiguous() for w in weights])
-        blocks, tokens, d = x.shape
-        kept = Kept.empty(blocks, tokens, d, folded.mlp_in.shape[-1], x)
-        own = torch.arange(blocks, device=x.device)
-        y = run_blocks(folded, x, own, own, time, heads, kept, own)
-        ctx.save_for_backward(*vars(kept).values(), *folded.tensors())
-        ctx.sizes = time, heads
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dx, by_weight = run_backward(
-            Folded(*saved[7:]), Kept(*saved[:7]), grads[0].contiguous(), *ctx.sizes
-        )
-        return dx, None, None, *by_weight.tensors()
-
-
-def block_trained(folded: Folded, x: Tensor, time: int, heads: int) -> Tensor:
-    """Run blocks under autograd, each on its own input: [S, N, d] -> [S, N, d].
-
-    Args:
-        folded: the blocks' weights, S of them.
-        x: the inputs.
-        time: T.
-        heads: attention heads.
-    """
-    y: Tensor = _Trained.apply(x.contiguous(), time, heads, *folded.tensors())
-    return y

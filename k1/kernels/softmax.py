@@ -1,7 +1,7 @@
 """Cross-entropy of rows of logits, and its gradient written over them.
 
-One program has one row. It reads the row in blocks, keeping a running maximum and a running sum,
-and reads it again to write the gradient. The second read finds the row in a cache.
+One program has one row: in registers if the row is short enough, else block by block with a running
+maximum and a running sum, and once more to write the gradient.
 """
 
 from __future__ import annotations
@@ -11,26 +11,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LARGEST_BLOCK = 4096
-_COLUMNS_PER_WARP = 512
+_LARGEST_BLOCK = 16384
+_COLUMNS_PER_WARP = 2048
 
 
 @triton.jit
 def _cross_entropy_row(
     logits,
-    bias,
     targets,
     losses,
-    tokens,
     VOCAB: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * VOCAB
-    bias += (row // tokens) * VOCAB
     target = tl.load(targets + row)
     columns = tl.arange(0, BLOCK)
+
+    if VOCAB <= BLOCK:
+        inside = columns < VOCAB
+        x = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        odds = tl.exp(x - tl.max(x, axis=0))
+        total = tl.sum(odds, axis=0)
+        hit = columns == target
+        tl.store(losses + row, tl.log(total) + tl.max(x, axis=0) - tl.sum(tl.where(hit, x, 0.0)))
+        if GRADIENT:
+            gradient = odds / total - tl.where(hit, 1.0, 0.0)
+            tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+        return
 
     # A finite start, so that a block without anything in it is no difference of infinities.
     top = tl.full((), -3.0e38, tl.float32)
@@ -40,7 +49,6 @@ def _cross_entropy_row(
         at = start + columns
         inside = at < VOCAB
         x = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-        x += tl.load(bias + at, mask=inside, other=0.0)
         picked += tl.sum(tl.where(at == target, x, 0.0), axis=0)
         x = tl.where(inside, x, float("-inf"))
         higher = tl.maximum(top, tl.max(x, axis=0))
@@ -56,21 +64,17 @@ def _cross_entropy_row(
             at = start + columns
             inside = at < VOCAB
             x = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-            x += tl.load(bias + at, mask=inside, other=0.0)
             gradient = tl.exp(x - normaliser) - tl.where(at == target, 1.0, 0.0)
             tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def cross_entropy_rows(
-    logits: Tensor, bias: Tensor, targets: Tensor, losses: Tensor, gradient: bool
-) -> None:
+def cross_entropy_rows(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
     """Write the loss of every row and, over its logits, the gradient of that loss by them.
 
     The arithmetic is float32. A NaN stays in its row.
 
     Args:
-        logits: float32 or bfloat16 [L, n, V], contiguous, without the bias.
-        bias: float32 [L, V], contiguous.
+        logits: float32 or bfloat16 [L, n, V], contiguous.
         targets: int64 [L, n], contiguous, from 0 to V - 1.
         losses: float32 [L, n], contiguous; written: nats.
         gradient: whether to write it; without, the logits stay as they are.
@@ -80,10 +84,8 @@ def cross_entropy_rows(
     with torch.cuda.device_of(logits):
         _cross_entropy_row[(lanes * tokens,)](
             logits,
-            bias,
             targets,
             losses,
-            tokens,
             VOCAB=vocab,
             GRADIENT=gradient,
             BLOCK=block,
