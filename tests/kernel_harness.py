@@ -69,11 +69,17 @@ def ragged(*removed: int) -> Topology:
 
 
 @functools.cache
-def ragged_levels() -> list[LevelIndex]:
-    """Lay out four lanes; the third is a root with one child, without any block below."""
+def ragged_trees() -> list[Topology]:
+    """Make four lanes; the third is a root with one child, without any block below."""
     small = Topology((1, 5, 9, 8), MAX_CHILDREN)
     small.insert(0)
-    return index_levels([ragged(1), ragged(9), small, ragged(7, 3)], device())
+    return [ragged(1), ragged(9), small, ragged(7, 3)]
+
+
+@functools.cache
+def ragged_levels() -> list[LevelIndex]:
+    """Lay out those four lanes."""
+    return index_levels(ragged_trees(), device())
 
 
 class Draw:
