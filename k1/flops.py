@@ -12,21 +12,24 @@ def block_flops_per_token(config: Config) -> float:
 
 
 def step_flops(config: Config, vocab_size: int, blocks: int, updated: float) -> float:
-    """Operations of one training step.
+    """Operations of one training step, as PyTorch does it without kernels.
+
+    A backward pass costs twice its forward pass. Sparse mode runs every block forward; the updated
+    ones and the head forward and backward, in each inner step anew; and a full pass on the probe.
+    What kernels spare of this is left out, so that a price on compute is the same on every device.
 
     Args:
         config: sizes and mode.
         vocab_size: width of the head.
         blocks: living blocks, root included.
         updated: blocks that a step updates, root included (not used in dense and exact mode).
-
-    A backward pass costs twice its forward pass. Sparse mode runs every block forward, the updated
-    ones forward and backward once more, and a full pass on the probe.
     """
     tokens = config.train.batch * config.model.context
     block = block_flops_per_token(config) * tokens
     head = 3 * 2.0 * config.model.embed * vocab_size * tokens
+    full = 3 * blocks * block + head
     if config.update.mode != "sparse":
-        return 3 * blocks * block + head
+        return full
     probe = config.update.probe_fraction / config.update.attribution_every
-    return blocks * block + 3 * updated * block + head + probe * (3 * blocks * block + head)
+    paths = config.update.inner_steps * (3 * updated * block + head)
+    return blocks * block + paths + probe * full

@@ -10,14 +10,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from k1.cli import optional, run
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 PAGE = 150
 """Columns of the tables where the output is no terminal."""
@@ -33,9 +30,9 @@ class Arguments:
     """Ways to make a step (k1/bench/variants.py), apart by commas (default: all)."""
     rounds: int = 5
     """Rounds in which the variants take turns."""
-    seconds: float = 10.0
+    seconds: float = 3.0
     """Time that each variant is measured for, over all rounds."""
-    patience: float = 300.0
+    patience: float = 120.0
     """Longest time in seconds to build, compile and warm up a variant, and for one round."""
     router: Annotated[str | None, optional("NAME")] = None
     """How siblings are mixed: mean, learned or evidence (the configuration's by default)."""
@@ -48,7 +45,7 @@ class Arguments:
     threads: Annotated[int | None, optional("N")] = None
     """Torch's threads for each product on a CPU (default: 1, as in training)."""
     json: Annotated[Path | None, optional("FILE")] = None
-    """Write everything that was measured there."""
+    """Write everything measured there, anew after each round and variant."""
     sources: Annotated[
         tuple[Path, ...], tyro.conf.arg(name="from", metavar="FILE...", help_behavior_hint="")
     ] = ()
@@ -67,11 +64,9 @@ def main(arguments: Arguments) -> int:
     if arguments.sources:
         results = [read_results(path) for path in arguments.sources]
     else:
-        results = [_measure(arguments, console)]
+        results = [_measure(arguments)]
     for result in results:
         show(result, console)
-    if arguments.json and not arguments.sources:
-        arguments.json.write_text(json.dumps(results[0], indent=1) + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(results))
     statuses = [
@@ -83,11 +78,12 @@ def main(arguments: Arguments) -> int:
     return 1 if "failed" in statuses else 0
 
 
-def _measure(arguments: Arguments, console: Console) -> dict[str, Any]:
+def _measure(arguments: Arguments) -> dict[str, Any]:
     import torch
 
     from k1.bench.whole import Request, measure
     from k1.cli import prepare_torch
+    from k1.durable import write_atomically
     from k1.errors import K1Error
     from k1.trainer import pick_device
 
@@ -107,7 +103,15 @@ def _measure(arguments: Arguments, console: Console) -> dict[str, Any]:
         agreement=arguments.agreement,
         agreement_batches=arguments.agreement_batches,
     )
-    return measure(request, device, sys.argv, console.print)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        if arguments.json:
+            write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+
+    return measure(request, device, sys.argv, say, keep)
 
 
 if __name__ == "__main__":

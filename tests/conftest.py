@@ -11,7 +11,7 @@ import torch
 from k1.config import Config
 from k1.data import TextData, load_data
 from k1.trainer import Trainer
-from tests.kernel_harness import Interpreter
+from tests.kernel_harness import ON_GPU, Interpreter
 from tests.reference import small_config
 
 torch.set_num_threads(1)
@@ -71,3 +71,12 @@ def interpreted() -> Iterator[Interpreter]:
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=ON_GPU)])
+def kernels(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Run a check of Triton kernels, interpreted and on a GPU: `kernels(check, *args)`."""
+    if request.param == "gpu":
+        return lambda check, *args: check(*args)
+    run: Interpreter = request.getfixturevalue("interpreted")
+    return run

@@ -14,7 +14,7 @@ import torch
 from k1.bench import suite as suite_module
 from k1.bench.attribution import agreement, wilson_interval
 from k1.bench.configurations import CONFIGURATIONS, block_count, configuration
-from k1.bench.drivers import Driver
+from k1.bench.drivers import Driver, build_driver, variant_config
 from k1.bench.report import COLUMNS, growth, markdown
 from k1.bench.suite import Plan, Suite, formula_flops, parameters
 from k1.bench.timing import TooSlowError, at_most, interleave, quartile_range
@@ -58,9 +58,10 @@ class Sleeper(Driver):
 def test_variants_take_turns_and_each_round_begins_with_another():
     log: list[str] = []
     drivers: dict[str, Driver] = {name: Sleeper(name, 0.002, log) for name in "abc"}
-    times = interleave(drivers, dict.fromkeys("abc", 2), 4, CPU)
+    for number, times in enumerate(interleave(drivers, dict.fromkeys("abc", 2), 4, CPU), 1):
+        assert len(log) == 3 * number
+        assert all(len(values) == number and min(values) >= 2 for values in times.values())
     assert "".join(log) == "abcbcacababc"
-    assert all(len(values) == 4 and min(values) >= 2 for values in times.values())
 
 
 def test_what_takes_too_long_is_stopped():
@@ -117,6 +118,19 @@ def test_the_formula_knows_what_each_variant_saves():
     flops = {name: formula_flops(config, 10_000, VARIANTS[name]) for name in names}
     assert flops["dense"] > flops["stock-toggle"] > flops["sparse"] > flops["path-only"]
     assert flops["path-only"] > flops["frozen-forward"]
+    assert formula_flops(config, 10_000, VARIANTS["sparse-inner-2"]) > flops["sparse"]
+
+
+def test_a_variant_gets_the_engine_that_it_asks_for(data):
+    config = small_config()
+    variant = VARIANTS["sparse-inner-2"].on("cpu")
+    driver = build_driver(config, data, CPU, variant)
+    assert driver.engine.arena.config == variant_config(config, variant)
+    assert driver.engine.arena.config.update.inner_steps == 2
+    assert driver.engine.graphs is None and driver.backend.reason.startswith("PyTorch")
+    captured = build_driver(config, data, CPU, replace(variant, graph=True))
+    assert captured.engine.graphs is not None
+    assert build_driver(config, data, CPU, VARIANTS["stock-eager"]).backend is None
 
 
 # -- a configuration ----------------------------------------------------------------------------
@@ -137,7 +151,7 @@ def crowded(monkeypatch, data):
         return driver
 
     monkeypatch.setattr(suite_module, "build_driver", build)
-    monkeypatch.setattr(suite_module, "variant_config", lambda config, variant: config)
+    monkeypatch.setattr(suite_module, "formula_flops", lambda *sizes: 1e6)
     said: list[str] = []
     plan = Plan(CPU, 1e9, rounds=2, seconds=0.01, say=said.append)
     return Suite(small_config(), data, plan), alive
@@ -175,6 +189,33 @@ def test_a_variant_that_fails_is_reported_beside_the_others(crowded, monkeypatch
     assert records["sparse"]["status"] == "ok"
 
 
+def test_whoever_keeps_the_records_sees_every_variant_and_round(crowded):
+    suite, _ = crowded
+    seen: list[dict] = []
+    variants = [sized("sparse", 1), sized("b", 1)]
+    records = suite.run(variants, lambda now: seen.append(json.loads(json.dumps(now))))
+    assert seen[-1] == records
+    states = [{name: record["status"] for name, record in now.items()} for now in seen]
+    assert states[0] == dict.fromkeys(("sparse", "b"), "unfinished")
+    ready = next(i for i, now in enumerate(seen) if "first_ms" in now["sparse"])
+    assert "first_ms" not in seen[ready]["b"] and states[ready]["sparse"] == "unfinished"
+    rounds = [len(now["b"].get("rounds_ms", [])) for now in seen]
+    assert rounds == sorted(rounds) and {*rounds} == {0, 1, 2}
+
+
+def test_what_is_compiled_comes_last_with_the_reference_again(crowded):
+    suite, _ = crowded
+    slow = replace(sized("slow", 1), compiled="default")
+    seen: list[dict] = []
+    records = suite.run(
+        [slow, sized("sparse", 1), sized("b", 1)],
+        lambda now: seen.append({name: record["status"] for name, record in now.items()}),
+    )
+    assert {"slow": "unfinished", "sparse": "ok", "b": "ok"} in seen
+    assert list(records) == ["slow", "sparse", "b"]
+    assert all(record["status"] == "ok" and record["ratio"] for record in records.values())
+
+
 # -- attribution --------------------------------------------------------------------------------
 
 
@@ -201,6 +242,7 @@ def record(ms: float, **fields):
         "status": "ok", "median_ms": ms, "iqr_ms": 0.5, "rounds_ms": [ms], "steps_per_round": 4,
         "ratio": ms / 2, "build_seconds": 1.0, "peak_bytes": ms * 1e9, "kernels": 12.0,
         "flops_counted": 3e9, "flops_formula": 2e9, "floor_share": 0.25, "about": "a step",
+        "backend": "kernels, of course", "first_ms": ms,
         **fields,
     }  # fmt: skip
 
@@ -226,7 +268,7 @@ def recorded(scale: float = 1.0) -> dict:
 
 
 def result(**cases) -> dict:
-    return {"command": "python scripts/benchmark.py --rounds 7", "rounds": 7,
+    return {"command": "python scripts/benchmark.py --rounds 7", "rounds": 7, "complete": True,
             "versions": {"torch": "9.9", "cuda": None},
             "device": {"type": "cuda", "name": "Some GPU", "matmul_flops": 7e14},
             "configurations": cases}  # fmt: skip
@@ -242,9 +284,22 @@ def test_the_page_says_what_was_recorded():
             "(`stock-compiled`), with 0.20x its peak memory.") in page  # fmt: skip
     assert "`sparse` is 4.00x as fast as K-1's best dense step (`dense`), with 0.25x" in page
     assert "Attribution takes 12.5 % of the `sparse` step." in page
+    assert "`dense`, `sparse`: kernels, of course." in page
     assert "95.0 % of 20 batches (95 % interval 76.0-99.0 %)" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {len(COLUMNS) + 1}
+
+
+def test_the_page_of_a_run_that_was_stopped_says_so():
+    case = recorded()
+    case["variants"]["exact"] = {"status": "unfinished", "about": "a step"}
+    case["variants"]["path-only"] = {"status": "unfinished", "about": "a step", "first_ms": 7.0}
+    page = markdown([{**result(default=case), "complete": False}])
+    assert "stopped before its end" in page
+    assert "stopped before its end" not in markdown([result(default=recorded())])
+    assert "| `exact` | unfinished | -" in page
+    assert "`path-only`: unfinished; a step took some 7 ms at first." in page
+    assert "`exact`: unfinished;" not in page
 
 
 def test_growth_needs_both_sizes():
@@ -267,8 +322,11 @@ def test_the_command_line_measures_and_writes(tmp_path: Path):
         "--variants", names, "--json", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sparse" in done.stdout and done.stderr == ""
+    assert "sparse" in done.stdout and "round 1" not in done.stdout
+    assert "  frozen-forward: ready in" in done.stderr and "  round 2 of 2: " in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     found = json.loads(out.read_text())
+    assert found["complete"]
     assert "--rounds 2" in found["command"] and found["command"].startswith("python scripts/bench")
     assert found["device"]["type"] == "cpu" and found["device"]["threads"] == 1
     assert found["device"]["matmul_flops"] > 1e8
@@ -305,6 +363,25 @@ def test_mistakes_are_told(words, remedy):
     done = call(BENCHMARK, *words)
     assert done.returncode == 2 and remedy in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_and_graphs_on_a_gpu(monkeypatch, data):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda")
+    model = {"embed": 64, "feed_forward": 128, "heads": 4, "context": 16}
+    config = small_config(model=model, train={"precision": "bfloat16"})
+    plan = Plan(device, 1e12, rounds=2, seconds=0.2)
+    names = "dense,dense-graph,sparse-eager,sparse,sparse-inner-2,path-only,frozen-forward"
+    records = Suite(config, data, plan).run(choose(names, "cuda"))
+    for name, found in records.items():
+        assert found["status"] == "ok", (name, found)
+        fused = VARIANTS[name].fused
+        assert found["backend"].startswith("fused kernels" if fused else "PyTorch"), name
+    kernels = {name: found["kernels"] for name, found in records.items()}
+    assert 0 < kernels["frozen-forward"] < kernels["path-only"] < kernels["sparse"]
+    assert kernels["sparse"] < kernels["sparse-eager"]
 
 
 @pytest.mark.gpu

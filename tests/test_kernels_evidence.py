@@ -7,30 +7,20 @@ import torch
 
 from k1.evidence import UNIT, add_counts, hash_bigrams, history_mask, level_evidence
 from k1.forward import Batch, read_text
-from tests.kernels import DEVICE, ON_GPU, Draw, ragged_levels, repeats_in_a_graph
+from tests.kernel_harness import ON_GPU, Draw, device, ragged_levels, repeats_in_a_graph
 from tests.reference import loop_evidence, small_config
-
-pytest.importorskip("triton", reason="needs Triton")
-
-from k1.kernels.evidence import MAX_TIME, add_counts_fused, level_evidence_fused
 
 CONFIG = dataclasses.replace(small_config().evidence, tau=0.3, strength=2.5)
 TABLE = CONFIG.buckets + CONFIG.context_buckets
-WHERE = ["interpreter", pytest.param("gpu", marks=ON_GPU)]
-
-
-@pytest.fixture(scope="module")
-def levels():
-    return ragged_levels()
 
 
 class Case:
     """Random counts of one level, a view into those of all levels, and a random text."""
 
-    def __init__(self, levels, level, time, windows=2, seed=0):
+    def __init__(self, level, time, windows=2, seed=0):
         draw = Draw(seed)
-        self.parent, self.child = levels[level : level + 2]
-        self.levels, width, offset = levels, self.child.width, self.child.offset
+        self.parent, self.child = ragged_levels()[level : level + 2]
+        width, offset = self.child.width, self.child.offset
         self.lanes = self.child.alive.shape[0]
         self.counts = (draw.uniform(self.lanes, 24, 3, TABLE) ** 3 * 5 * UNIT).long()
         self.level_counts = self.counts[:, offset : offset + width]
@@ -41,6 +31,8 @@ class Case:
         )
 
     def fused(self):
+        from k1.kernels.evidence import level_evidence_fused
+
         return level_evidence_fused(
             self.level_counts,
             self.parent,
@@ -63,20 +55,19 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize(("level", "time"), [(0, 2), (0, 128), (1, 16), (2, 8)])
-def test_evidence_equals_the_plain_code(levels, level, time, where):
-    case = Case(levels, level, time)
+def check_evidence(level, time):
+    case = Case(level, time)
     found, expected = case.fused(), case.plain()
     assert found.dtype == torch.float32 and found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found[case.child.alive].any() and not found[~case.child.alive].any()
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_evidence_at_the_longest_window_equals_loops(levels, where):
-    case = Case(levels[:2], 0, MAX_TIME, windows=1)
-    case.starts &= torch.arange(MAX_TIME, device=DEVICE) < 20  # one document of over 200 tokens
+def check_the_longest_window():
+    from k1.kernels.evidence import MAX_TIME
+
+    case = Case(0, MAX_TIME, windows=1)
+    case.starts &= torch.arange(MAX_TIME, device=device()) < 20  # one document of over 200 tokens
     found = case.fused()
     for lane in (0, 3):
         slots = case.parent.children[lane, 0][case.parent.has_child[lane, 0]]
@@ -84,14 +75,13 @@ def test_evidence_at_the_longest_window_equals_loops(levels, where):
         rows = loop_evidence(
             tables, case.tokens[lane, 0].tolist(), case.starts[lane, 0].tolist(), CONFIG
         )
-        expected = torch.tensor(rows, device=DEVICE)
+        expected = torch.tensor(rows, device=device())
         torch.testing.assert_close(found[lane, slots], expected, rtol=1e-4, atol=1e-4)
     assert found.abs().max() > 5
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_a_child_without_a_history_gets_exactly_zero_and_twins_the_same(levels, where):
-    case = Case(levels, 0, 16)
+def check_special_children():
+    case = Case(0, 16)
     parent, lane = case.parent, 3
     first, second = parent.children[lane, 0][parent.has_child[lane, 0]].tolist()[:2]
     case.level_counts[lane, first] = 0
@@ -101,10 +91,9 @@ def test_a_child_without_a_history_gets_exactly_zero_and_twins_the_same(levels, 
     assert torch.equal(found[1, 0], found[1, 1]) and not torch.equal(found[1, 0], found[1, 2])
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_the_first_token_of_a_document_says_nothing(levels, where):
-    case = Case(levels, 0, 16)
-    first = case.starts | (torch.arange(16, device=DEVICE) == 0)
+def check_first_tokens():
+    case = Case(0, 16)
+    first = case.starts | (torch.arange(16, device=device()) == 0)
     found = case.fused()[:, 0].view(case.lanes, 2, 16)
     assert case.starts.any() and not found[first].any()
 
@@ -113,7 +102,7 @@ def shares(case, picked=3):
     """Slots and shares [L, P, N] in which the last slot is the scratch slot, with share 0."""
     draw, tokens = Draw(5), case.tokens[0].numel()
     slots = torch.stack([torch.randperm(23, generator=draw.generator) for _ in range(case.lanes)])
-    slots = slots[:, :picked].to(DEVICE)
+    slots = slots[:, :picked].to(device())
     share = draw.uniform(case.lanes, picked, tokens)
     share[:, 0] = (share[:, 0] * 2 * UNIT).floor() / 2 / UNIT  # many halfway between two integers
     slots[1, 1:] = 23
@@ -122,10 +111,10 @@ def shares(case, picked=3):
     return slots, share
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("windows", [2, 20])
-def test_counts_equal_the_plain_code(levels, windows, where):
-    case = Case(levels, 0, 16, windows)
+def check_counts(windows):
+    from k1.kernels.evidence import add_counts_fused
+
+    case = Case(0, 16, windows)
     slots, share = shares(case)
     args = case.text.bigram, case.text.context, case.text.valid, CONFIG
     expected, found, before = case.counts.clone(), case.counts.clone(), case.counts
@@ -135,12 +124,13 @@ def test_counts_equal_the_plain_code(levels, windows, where):
     assert torch.equal(found[:, -1], before[:, -1])
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_counts_go_into_a_view_with_strides(levels, where):
-    case = Case(levels, 0, 16)
+def check_counts_in_a_view():
+    from k1.kernels.evidence import add_counts_fused
+
+    case = Case(0, 16)
     slots, share = shares(case)
     args = case.text.bigram, case.text.context, case.text.valid, CONFIG
-    wide = torch.zeros(case.lanes, 30, 3, TABLE, dtype=torch.int64, device=DEVICE)
+    wide = torch.zeros(case.lanes, 30, 3, TABLE, dtype=torch.int64, device=device())
     add_counts_fused(wide[:, 2:26], slots, share[..., :1].expand_as(share), *args)
     expected = torch.zeros_like(wide)
     view = expected[:, 2:26].clone()
@@ -149,11 +139,39 @@ def test_counts_go_into_a_view_with_strides(levels, where):
     assert torch.equal(wide, expected) and wide.any()
 
 
+@pytest.mark.parametrize(("level", "time"), [(0, 2), (0, 128), (1, 16), (2, 8)])
+def test_evidence_equals_the_plain_code(kernels, level, time):
+    kernels(check_evidence, level, time)
+
+
+def test_evidence_at_the_longest_window_equals_loops(kernels):
+    kernels(check_the_longest_window)
+
+
+def test_a_child_without_a_history_gets_exactly_zero_and_twins_the_same(kernels):
+    kernels(check_special_children)
+
+
+def test_the_first_token_of_a_document_says_nothing(kernels):
+    kernels(check_first_tokens)
+
+
+@pytest.mark.parametrize("windows", [2, 20])
+def test_counts_equal_the_plain_code(kernels, windows):
+    kernels(check_counts, windows)
+
+
+def test_counts_go_into_a_view_with_strides(kernels):
+    kernels(check_counts_in_a_view)
+
+
 class TestOnGpu:
     pytestmark = ON_GPU
 
-    def test_in_a_graph_the_bits_are_the_same(self, levels):
-        case = Case(levels, 1, 64, windows=9)
+    def test_in_a_graph_the_bits_are_the_same(self):
+        from k1.kernels.evidence import add_counts_fused
+
+        case = Case(1, 64, windows=9)
         slots, share = shares(case)
         args = case.text.bigram, case.text.context, case.text.valid, CONFIG
 
@@ -164,8 +182,8 @@ class TestOnGpu:
 
         assert repeats_in_a_graph(both)
 
-    def test_with_the_default_settings(self, levels):
-        case = Case(levels, 1, 64, windows=33)
+    def test_with_the_default_settings(self):
+        case = Case(1, 64, windows=33)
         bigram, context = hash_bigrams(case.tokens, CONFIG)
         torch.testing.assert_close(case.fused(), case.plain(), rtol=1e-4, atol=1e-5)
         assert torch.equal(bigram, case.text.bigram) and torch.equal(context, case.text.context)

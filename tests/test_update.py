@@ -116,8 +116,7 @@ def test_everything_at_scale_one_is_torch_adamw(make, mode, clip):
             all_leaves = select(trainer, *range(4, 10))
             done = trainer.engine.path_pass(0, 1, batch, text, all_leaves)
             _, grads, shared = done.gradients()
-            rows = {int(s): g[0, i] for p, g in zip(done.paths, grads, strict=True)
-                    for i, s in enumerate(p.slot[0])}  # fmt: skip
+            rows = dict(zip(done.row.tolist(), grads, strict=True))
         else:
             _, grads, shared, _ = trainer.engine.gradients(0, 1, batch, text)
             level = {s: (b.level, s - trainer.tree.offset[b.level]) for s, b in blocks.items()}
@@ -149,14 +148,13 @@ def both_gradients(trainer, selection):
     done = trainer.engine.path_pass(0, 1, batch, text, selection)
     part_loss, part, part_shared = done.gradients()
     full, partial = {}, {}
-    for level, path in enumerate(done.paths):
-        for row in range(path.slot.shape[1]):
-            slot = int(path.slot[0, row])
-            if slot == trainer.arena.scratch:
-                assert not part[level][0, row].any()
-                continue
-            full[slot] = grads[level][0, slot - trainer.tree.offset[level]]
-            partial[slot] = part[level][0, row]
+    for slot, row in zip(done.row.tolist(), part, strict=True):
+        if slot == trainer.arena.scratch:
+            assert not row.any()
+            continue
+        level = trainer.tree.blocks[slot].level
+        full[slot] = grads[level][0, slot - trainer.tree.offset[level]]
+        partial[slot] = row
     return (loss, part_loss), full, partial, (shared[0], part_shared[0])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from k1.arena import Arena
-from k1.attribution import NEVER, Looks, SelectionRules, responsibilities, select_paths
+from k1.attribution import NEVER, SelectionRules, responsibilities, select_paths
 from k1.bench.drivers import SEED, Stream, determinism, make_engine, variant_config
 from k1.bench.variants import Variant
 from k1.config import Config
@@ -67,7 +67,7 @@ def first_culprit(engine: Engine, batch: Batch) -> Tensor:
     )
     rested = torch.full_like(measured, NEVER, dtype=torch.int64)
     uniform = torch.ones(1, measured.shape[1] + 1, device=arena.device)
-    chosen = select_paths(measured, rested, one * 0, uniform, levels, rules, Looks(one, 1))
+    chosen = select_paths(measured, rested, one * 0, uniform, arena.leaves(0, 1), rules)
     return chosen.culprits[0, 0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,21 +12,17 @@ import torch
 from torch import Tensor
 
 from k1.arena import Arena, LaneState
+from k1.backend import Backend
 from k1.bench.stock import StockTrainer, fresh_tree
 from k1.bench.variants import Variant
-from k1.config import Config, UpdateConfig
+from k1.config import Config
 from k1.data import TextData
 from k1.engine import Engine
-from k1.errors import K1Error
 from k1.forward import Batch, Weights, forward, lane_loss, read_text
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
 
 SEED = 0
-
-
-class UnavailableError(K1Error):
-    """This code base or device has no such variant."""
 
 
 @contextmanager
@@ -42,31 +37,19 @@ def determinism(on: bool) -> Iterator[None]:
 
 
 def variant_config(config: Config, variant: Variant) -> Config:
-    """Put a variant's settings into a configuration.
-
-    Raises:
-        UnavailableError: if the configuration knows no such setting.
-    """
-    changes: dict[str, Any] = {
-        "mode": variant.mode,
-        "attribution_every": variant.attribution_every,
-    }
-    if variant.inner_steps != 1:
-        if "inner_steps" not in {field.name for field in dataclasses.fields(UpdateConfig)}:
-            raise UnavailableError("the configuration has no update.inner_steps")
-        changes["inner_steps"] = variant.inner_steps
-    return config.replace(update=changes)
+    """Put a variant's settings into a configuration."""
+    return config.replace(
+        update={
+            "mode": variant.mode,
+            "attribution_every": variant.attribution_every,
+            "inner_steps": variant.inner_steps,
+        }
+    )
 
 
 def make_engine(arena: Arena, store: TokenStore, variant: Variant) -> Engine:
-    """Build the engine that a variant asks for.
-
-    Raises:
-        UnavailableError: if the engine has no CUDA graphs or fused kernels.
-    """
-    if variant.graph or variant.fused:
-        raise UnavailableError("the engine has no CUDA graphs and fused kernels")
-    return Engine(arena, store)
+    """Build the engine that a variant asks for; `engine.backend` tells what runs its blocks."""
+    return Engine(arena, store, fused=None if variant.fused else False, graph=variant.graph)
 
 
 class Stream:
@@ -91,6 +74,8 @@ class Driver(ABC):
     """Makes steps of one variant."""
 
     deterministic = False
+    backend: Backend | None = None
+    """What runs the blocks of K-1's engine; None where it is not the engine that makes the step."""
 
     def prepare(self, steps: int) -> None:  # noqa: B027 (most have nothing to do)
         """Do what is not measured: draw the batches of the next steps."""
@@ -191,6 +176,7 @@ class EngineDriver(Driver):
         """Build the engine on a fresh arena."""
         self.deterministic = variant.deterministic and arena.device.type == "cuda"
         self.engine = make_engine(arena, store, variant)
+        self.backend = self.engine.backend
 
     def advance(self, steps: int) -> None:
         """Make steps."""
@@ -203,8 +189,8 @@ class FrozenDriver(Driver):
     def __init__(self, arena: Arena, store: TokenStore, variant: Variant) -> None:
         """Capture the pass on a first batch."""
         self.deterministic = variant.deterministic and arena.device.type == "cuda"
-        self.arena = arena
         self.engine = make_engine(arena, store, variant)
+        self.backend = self.engine.backend
         self.batch = Stream(store, arena.config).next()
         self.graph: torch.cuda.CUDAGraph | None = None
         if variant.graph:
@@ -220,9 +206,7 @@ class FrozenDriver(Driver):
 
     @torch.no_grad()
     def _forward(self) -> None:
-        a = self.arena
-        text = read_text(self.batch, a.config)
-        forward(a.weights(0, 1), a.router(0, 1), a.index(0, 1), self.batch, text, a.config)
+        self.engine._output(self.engine.arena.forest(0, 1), self.batch)
 
     def advance(self, steps: int) -> None:
         """Run the pass."""
@@ -242,11 +226,7 @@ def _fresh_lane(config: Config, vocab_size: int, domains: int) -> LaneState:
 
 
 def build_driver(config: Config, data: TextData, device: torch.device, variant: Variant) -> Driver:
-    """Build a variant with fresh weights.
-
-    Raises:
-        UnavailableError: if this code base or device has no such variant.
-    """
+    """Build a variant with fresh weights."""
     start, config = config, variant_config(config, variant)
     store = TokenStore(data, config.model.context, device)
     if variant.kind == "stock":

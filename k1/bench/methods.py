@@ -23,7 +23,6 @@ from k1.config import Config
 from k1.engine import Engine, StepResult
 from k1.errors import ConfigError
 from k1.forward import Activations, Batch, Text, read_text
-from k1.path import PathIndex
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
 from k1.topology import ROOT_SLOT
@@ -158,7 +157,6 @@ class CoordinateEngine(Engine):
         self,
         start: int,
         stop: int,
-        paths: list[PathIndex],
         selection: Selection,
         done: Activations,
         text: Text,

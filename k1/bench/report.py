@@ -57,7 +57,7 @@ def significant(value: float | None) -> str:
 
 def row(name: str, record: Result) -> list[str]:
     """Cells of one variant."""
-    flops = [record["flops_counted"], record["flops_formula"]]
+    flops = [record.get("flops_counted"), record.get("flops_formula")]
     giga = [significant(None if f is None else f / 1e9) for f in flops]
     if record["status"] != "ok":
         return [name, record["status"], *["-"] * 5, *giga, "-"]
@@ -115,6 +115,16 @@ def remarks(case: Result) -> list[str]:
         for name, record in case["variants"].items()
         if record.get("reason")
     ]
+    lines += [
+        f"`{name}`: unfinished; a step took some {significant(record['first_ms'])} ms at first."
+        for name, record in case["variants"].items()
+        if record["status"] == "unfinished" and "first_ms" in record
+    ]
+    by_backend: dict[str, list[str]] = {}
+    for name, record in case["variants"].items():
+        if "backend" in record:
+            by_backend.setdefault(record["backend"], []).append(f"`{name}`")
+    lines += [f"Blocks of {', '.join(names)}: {what}." for what, names in by_backend.items()]
     sparse = case["variants"].get(REFERENCE, {})
     for label, best in (
         ("best dense step in ordinary modules", best_stock(case)),
@@ -189,11 +199,12 @@ the quartiles beside it. Building, compiling and warming up are apart. All varia
 same batches; ordinary modules and `dense-compiled` are handed theirs, K-1's engine draws them
 within its time. K-1's engine runs with torch's deterministic algorithms on CUDA, nothing else does.
 Counted operations are those of the same step run plainly, by PyTorch's own counter, which takes
-causal attention for full; the formula is `k1/flops.py`. % of floor is the time that the formula's
-operations would take at the rate of a large matrix product, as a share of the time measured. Peak
-memory is what a variant adds, at most, to what others hold; it is not measured on a CPU, where
-variants in one process cannot be told apart. Variants that do not fit together in memory are
-measured in further rounds, in which the reference takes part again.
+causal attention for full; the formula (`k1/flops.py`) is for the plain step too. % of floor is the
+time that the formula's operations would take at the rate of a large matrix product, as a share of
+the time measured. Peak memory is what a variant adds, at most, to what others hold; it is not
+measured on a CPU, where variants in one process cannot be told apart. Variants that do not fit
+together in memory, and those that are compiled, are measured in further rounds, in which the
+reference takes part again.
 """
 
 
@@ -231,6 +242,8 @@ def markdown(results: list[Result]) -> str:
             f"{shown}{threads}; {result['rounds']} rounds; a large matrix product reaches "
             f"{device['matmul_flops'] / 1e12:.3g} TFLOP/s.\n"
         )
+        if not result["complete"]:
+            parts.append("This run was stopped before its end.\n")
         for name, case in result["configurations"].items():
             parts.append(f"### {title(name, case)}\n")
             parts.append(_markdown_table(case) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from k1.bench.configurations import block_count
-from k1.bench.drivers import Driver, UnavailableError, build_driver, variant_config
+from k1.bench.drivers import Driver, build_driver, variant_config
 from k1.bench.timing import (
     TooSlowError,
     at_most,
@@ -46,9 +46,9 @@ class Plan:
     peak_flops: float
     """Operations per second that the device reaches at best."""
     rounds: int = 5
-    seconds: float = 10.0
+    seconds: float = 3.0
     """Time that a variant is measured for, over all rounds."""
-    patience: float = 300.0
+    patience: float = 120.0
     """Longest time for a variant to be built, compiled and warmed up, and for one round."""
     say: Callable[[str], None] = print
 
@@ -85,7 +85,8 @@ def formula_flops(config: Config, vocab_size: int, variant: Variant) -> float:
         products, attention = 2.0 * (4 * d * d + 2 * d * f), 2.0 * d * t
         trained = (2 * blocks + depth) * products + 3 * blocks * attention
         return tokens * (trained + 3 * 2.0 * d * vocab_size)
-    return step_flops(config, vocab_size, blocks, depth)
+    updated = min(config.train.top_k, blocks - 1) + 1
+    return step_flops(config, vocab_size, blocks, updated)
 
 
 def free_memory(device: torch.device) -> None:
@@ -102,8 +103,6 @@ def _failure(error: Exception) -> Record:
         return {"status": "out of memory"}
     if isinstance(error, TooSlowError):
         return {"status": "too slow", "reason": str(error)}
-    if isinstance(error, UnavailableError):
-        return {"status": "not available", "reason": str(error)}
     lines = str(error).strip().splitlines() or [""]
     return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0]}"}
 
@@ -115,37 +114,51 @@ class Suite:
         """Take what is to be measured."""
         self.config, self.data, self.plan = config, data, plan
         self.records: dict[str, Record] = {}
+        self._keep: Callable[[dict[str, Record]], None] = _forget
 
-    def run(self, variants: list[Variant]) -> dict[str, Record]:
+    def run(
+        self, variants: list[Variant], keep: Callable[[dict[str, Record]], None] | None = None
+    ) -> dict[str, Record]:
         """Measure variants.
 
-        All that fit in memory are measured in the same rounds. What does not fit waits for
-        further rounds, in which the reference takes part again: every ratio is within its rounds.
+        All that fit in memory are measured in the same rounds. What does not fit, and what has to
+        be compiled first, which takes long, waits for further rounds, in which the reference takes
+        part again: every ratio is within its rounds.
+
+        Args:
+            variants: what to measure.
+            keep: is given the records whenever one has changed; a variant's status is
+                "unfinished" until its first round is over.
 
         Returns:
             A record for each variant, by name, in their order.
         """
-        counts = self._count(variants)
-        waiting = list(variants)
+        self._keep = keep or _forget
+        self.records = {v.name: {"status": "unfinished", "about": v.about} for v in variants}
+        self._count(variants)
         reference = next((v for v in variants if v.name == REFERENCE), None)
-        while waiting:
-            group: dict[str, _Live] = {}
-            if reference is not None and waiting[0] is not reference:
-                self._try(reference, group)
-            self._fill(waiting, group)
-            self._measure(group)
-            group.clear()
-            if any(variant.compiled for variant in variants):
-                torch._dynamo.reset()  # it holds what it compiled
-            free_memory(self.plan.device)
-        for variant in variants:
-            record = self.records[variant.name]
-            record["about"] = variant.about
-            record.update(counts[variant.plain])
-            if record["status"] == "ok":
-                floor_ms = record["flops_formula"] / self.plan.peak_flops * 1000
-                record["floor_share"] = floor_ms / record["median_ms"]
-        return {variant.name: self.records[variant.name] for variant in variants}
+        for compiled in (False, True):
+            waiting = [v for v in variants if (v.compiled is not None) == compiled]
+            while waiting:
+                group: dict[str, _Live] = {}
+                if reference is not None and waiting[0] is not reference:
+                    self._try(reference, group)
+                self._fill(waiting, group)
+                self._measure(group)
+                group.clear()
+                if compiled:
+                    torch._dynamo.reset()  # it holds what it compiled
+                free_memory(self.plan.device)
+        return self.records
+
+    def _note(self, name: str, found: Record) -> None:
+        """Put what was found into a variant's record."""
+        record = self.records[name]
+        record.update(found)
+        if record["status"] == "ok":
+            floor_ms = record["flops_formula"] / self.plan.peak_flops * 1000
+            record["floor_share"] = floor_ms / record["median_ms"]
+        self._keep(self.records)
 
     def _fill(self, waiting: list[Variant], group: dict[str, _Live]) -> None:
         """Move variants into a group until memory is full."""
@@ -167,22 +180,16 @@ class Suite:
 
     # -- operations ------------------------------------------------------------------------------
 
-    def _count(self, variants: list[Variant]) -> dict[Variant, Record]:
+    def _count(self, variants: list[Variant]) -> None:
         """Count the operations of each distinct plain step, by the counter and by formula."""
-        counts: dict[Variant, Record] = {}
-        by_step: dict[tuple, float | None] = {}
+        counted: dict[tuple, float | None] = {}
         for variant in variants:
             plain = variant.plain
             key = (plain.kind, plain.mode, plain.toggle, plain.inner_steps, plain.attribution_every)
-            try:
-                formula: float | None = formula_flops(self.config, self.data.vocab_size, plain)
-            except UnavailableError:
-                counts[plain] = {"flops_counted": None, "flops_formula": None}
-                continue
-            if key not in by_step:
-                by_step[key] = self._count_one(plain)
-            counts[plain] = {"flops_counted": by_step[key], "flops_formula": formula}
-        return counts
+            if key not in counted:
+                counted[key] = self._count_one(plain)
+            formula = formula_flops(self.config, self.data.vocab_size, plain)
+            self._note(variant.name, {"flops_counted": counted[key], "flops_formula": formula})
 
     def _count_one(self, plain: Variant) -> float | None:
         try:
@@ -205,27 +212,32 @@ class Suite:
 
     def _try(self, variant: Variant, group: dict[str, _Live]) -> bool:
         """Build a variant into a group; False if memory is what it lacks."""
-        record: Record = {"status": "ok"}
+        failure: Record = {}
         try:
             with at_most(self.plan.patience, "building and warming up"):
-                live = self._build(variant, record)
+                live: _Live | None = self._build(variant)
         except Exception as error:
-            record = _failure(error)
+            failure = _failure(error)
             live = None
         free_memory(self.plan.device)
         if live is not None and group and not self._fits([*group.values(), live]):
-            live, record = None, {"status": "out of memory"}
+            live, failure = None, {"status": "out of memory"}
             free_memory(self.plan.device)
+        again = self.records[variant.name]["status"] == "ok"  # the reference, once more
         if live is None:
-            self.plan.say(f"  {variant.name}: {record['status']} {record.get('reason', '')}")
-            if self.records.get(variant.name, {}).get("status") != "ok":
-                self.records[variant.name] = record
-            return record["status"] != "out of memory"
-        self.plan.say(f"  {variant.name}: ready in {record['build_seconds']:.1f} s")
+            self.plan.say(f"  {variant.name}: {failure['status']} {failure.get('reason', '')}")
+            if not again:
+                self._note(variant.name, failure)
+            return failure["status"] != "out of memory"
+        seconds, first = live.record["build_seconds"], live.record["first_ms"]
+        self.plan.say(f"  {variant.name}: ready in {seconds:.1f} s, some {first:.3g} ms a step")
+        if not again:
+            self._note(variant.name, {"status": "unfinished", **live.record})
         group[variant.name] = live
         return True
 
-    def _build(self, variant: Variant, record: Record) -> _Live:
+    def _build(self, variant: Variant) -> _Live:
+        record: Record = {}
         device, cuda = self.plan.device, self.plan.device.type == "cuda"
         allocated, reserved = self._memory()
         if cuda:
@@ -239,7 +251,9 @@ class Suite:
         record["build_seconds"] = time.perf_counter() - began
         if cuda and not variant.captured:
             torch.cuda.reset_peak_memory_stats(device)
-        step_ms = elapsed_ms(driver, PERIOD, device)
+        step_ms = record["first_ms"] = elapsed_ms(driver, PERIOD, device)
+        if driver.backend is not None:
+            record["backend"] = driver.backend.reason
         record["kernels"] = kernels_per_step(driver, PERIOD, device)
         peak = 0
         record["peak_bytes"] = None
@@ -272,22 +286,32 @@ class Suite:
     # -- rounds ----------------------------------------------------------------------------------
 
     def _measure(self, group: dict[str, _Live]) -> None:
-        """Time a group in rounds and write the records of those that have none yet."""
+        """Time a group in rounds; what has figures from an earlier group keeps them."""
         if not group:
             return
         drivers = {name: live.driver for name, live in group.items()}
         steps = {name: live.steps for name, live in group.items()}
-        times = interleave(drivers, steps, self.plan.rounds, self.plan.device)
-        beside = statistics.median(times[REFERENCE]) if REFERENCE in times else None
-        for name, live in group.items():
-            if name in self.records and self.records[name]["status"] == "ok":
-                continue  # the reference, once more
-            median = statistics.median(times[name])
-            live.record.update(
-                median_ms=median,
-                iqr_ms=quartile_range(times[name]),
-                rounds_ms=times[name],
-                steps_per_round=live.steps,
-                ratio=None if beside is None else median / beside,
+        fresh = [name for name in group if self.records[name]["status"] != "ok"]
+        for number, times in enumerate(
+            interleave(drivers, steps, self.plan.rounds, self.plan.device), 1
+        ):
+            beside = statistics.median(times[REFERENCE]) if REFERENCE in times else None
+            for name in fresh:
+                median = statistics.median(times[name])
+                found = {
+                    "status": "ok",
+                    "median_ms": median,
+                    "iqr_ms": quartile_range(times[name]),
+                    "rounds_ms": list(times[name]),
+                    "steps_per_round": steps[name],
+                    "ratio": None if beside is None else median / beside,
+                }
+                self._note(name, found)
+            self.plan.say(
+                f"  round {number} of {self.plan.rounds}: "
+                + ", ".join(f"{name} {times[name][-1]:.3g}" for name in fresh)
             )
-            self.records[name] = live.record
+
+
+def _forget(records: dict[str, Record]) -> None:
+    """Keep nothing of what has changed."""

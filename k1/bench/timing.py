@@ -74,11 +74,11 @@ def elapsed_ms(driver: Driver, steps: int, device: torch.device) -> float:
 
 def interleave(
     drivers: dict[str, Driver], steps: dict[str, int], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+) -> Iterator[dict[str, list[float]]]:
     """Time drivers in turn, round after round; each round begins with another one.
 
-    Returns:
-        ms per step of every round, by name.
+    Yields:
+        After each round, ms per step of every round so far, by name.
     """
     names = list(drivers)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -86,7 +86,7 @@ def interleave(
         first = number % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(elapsed_ms(drivers[name], steps[name], device))
-    return times
+        yield times
 
 
 def quartile_range(values: list[float]) -> float:

@@ -38,7 +38,11 @@ class Request:
 
 
 def measure(
-    request: Request, device: torch.device, command: list[str], say: Callable[[str], None]
+    request: Request,
+    device: torch.device,
+    command: list[str],
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Run the benchmark.
 
@@ -47,6 +51,7 @@ def measure(
         device: on which device.
         command: the command line, for the record.
         say: where progress is told.
+        keep: is given everything measured so far whenever a variant has new figures.
 
     Returns:
         Everything measured, as plain JSON data.
@@ -60,34 +65,43 @@ def measure(
     variants = choose(request.variants, device.type)
     plan = Plan(device, matmul_peak(device), request.rounds, request.seconds, request.patience, say)
     cases: dict[str, Any] = {}
+    result = {
+        "command": shlex.join(["python", _short(command[0]), *command[1:]]),
+        "complete": False,
+        "versions": versions(),
+        "device": {**describe(device), "matmul_flops": plan.peak_flops},
+        "rounds": request.rounds,
+        "configurations": cases,
+    }
     for name, config in configs.items():
         data = text_of(config.data)
         count = parameters(config, data.vocab_size)
         say(f"{name}: {block_count(config)} blocks, {count:,} parameters")
-        records = Suite(config, data, plan).run(variants)
-        case = {
+        case = cases[name] = {
             "config": config.to_dict(),
             "blocks": block_count(config),
             "parameters": count,
             "text": f"builtin, {config.data.tokenizer}, {data.vocab_size} token ids",
-            "variants": records,
-            "attribution_overhead": overhead(records),
-            "backward_ms": {step: backward_ms(records, step) for step in ("sparse", "path-only")},
         }
+
+        def keep_case(records: dict[str, Any], case: dict[str, Any] = case) -> None:
+            steps = ("sparse", "path-only")
+            case["variants"] = records
+            case["attribution_overhead"] = overhead(records)
+            case["backward_ms"] = {step: backward_ms(records, step) for step in steps}
+            keep(result)
+
+        keep_case(Suite(config, data, plan).run(variants, keep_case))
         if request.agreement:
             say("  agreement of probe and full batch")
             case["agreement"] = agreement(
                 config, data, device, request.agreement, request.agreement_batches
             )
             free_memory(device)
-        cases[name] = case
-    return {
-        "command": shlex.join(["python", _short(command[0]), *command[1:]]),
-        "versions": versions(),
-        "device": {**describe(device), "matmul_flops": plan.peak_flops},
-        "rounds": request.rounds,
-        "configurations": cases,
-    }
+            keep(result)
+    result["complete"] = True
+    keep(result)
+    return result
 
 
 def _short(script: str) -> str:

@@ -1,0 +1,45 @@
+"""The formula for a step's operations against PyTorch's own counter, on the plain engine."""
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from k1.flops import step_flops
+from tests.reference import small_config
+
+BLOCKS, PATH, VOCAB = 7, 3, 256
+NEVER_AGAIN = 1 << 40
+
+
+def sizes(**update):
+    """Windows so short that attention, which the counter takes in full, hardly counts."""
+    model = {"embed": 32, "feed_forward": 64, "context": 8, "router": "mean"}
+    return small_config(model=model, train={"batch": 8, "top_k": 2}, update=update)
+
+
+def counted(make, config, steps=4):
+    """Operations of a step, on average over some steps after the first ones."""
+    engine = make(config).engine
+    engine.train(0, 1, steps)
+    # The counter does not know the fused attention of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine.train(0, 1, steps)
+    return counter.get_total_flops() / steps
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"mode": "dense"},
+        {"mode": "exact"},
+        {"mode": "sparse", "attribution_every": NEVER_AGAIN},
+        {"mode": "sparse", "attribution_every": 2, "probe_fraction": 0.25},
+        {"mode": "sparse", "attribution_every": NEVER_AGAIN, "inner_steps": 2},
+        {"mode": "sparse", "attribution_every": 4, "inner_steps": 4},
+    ],
+    ids=lambda update: "-".join(str(value) for value in update.values()),
+)
+def test_the_formula_agrees_with_the_counter(make, update):
+    config = sizes(**update)
+    formula = step_flops(config, VOCAB, BLOCKS, PATH)
+    assert 1 <= counted(make, config) / formula < 1.06
