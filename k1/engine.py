@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from k1 import records
 from k1.arena import Arena
 from k1.attribution import Selection, SelectionRules, responsibilities, select_paths
 from k1.backend import choose_backend
-from k1.evidence import add_counts, rotate
+from k1.evidence import rotate
 from k1.forward import (
     LN2,
     Activations,
@@ -31,6 +32,7 @@ from k1.forward import (
 from k1.graphs import Side, StepGraphs
 from k1.optimizer import Rows, adamw, clip_factor
 from k1.path import PathPass, as_leaf, index_paths
+from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
 from k1.sampling import TokenStore
 
@@ -39,34 +41,6 @@ if TYPE_CHECKING:
 
 _ROWS = ("weight", "first", "second", "count")
 _SHARED_ROWS = ("shared", "shared_first", "shared_second", "shared_count")
-_MEMORY = 0.95
-"""Decay of the running means of loss and responsibility."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did, as tensors over lanes."""
-
-    loss: Tensor
-    """float32 [L]: nats per token before the update."""
-    selection: Selection
-    skipped: Tensor
-    """bool [L]: a gradient was not finite, so nothing was updated."""
-
-
-@dataclass(frozen=True)
-class FullGradients:
-    """What a full backward pass leaves."""
-
-    loss: Tensor
-    """float32 [L]."""
-    measured: Tensor
-    """float32 [L, S]: each block's responsibility."""
-    by_row: list[tuple[Tensor, Tensor]]
-    """Arena rows [M] and their gradients [M, P], part by part."""
-    by_shared: Tensor
-    """Gradient of the shared rows [L, Q]."""
-    values: Activations
 
 
 class Engine:
@@ -180,7 +154,7 @@ class Engine:
             result = self._sparse(start, stop, batch, text, due)
         else:
             result = self._full(start, stop, batch, text)
-        self._book_keeping(start, stop, result)
+        records.record(self.arena, start, stop, result, self.backend.kernels)
         return result
 
     # -- the three modes -------------------------------------------------------------------------
@@ -228,7 +202,7 @@ class Engine:
         """Dense or exact: every block's gradient is computed."""
         a = self.arena
         full = self._all_gradients(start, stop, batch, text)
-        self._remember(start, stop, full.measured)
+        records.remember(self.arena, start, stop, full.measured)
         if self.mode == "dense":
             alive = a.leaves(start, stop).depth > 0
             none = torch.full_like(alive[:, :1], -1, dtype=torch.int64)
@@ -252,7 +226,7 @@ class Engine:
                 probe = batch.head(max(1, round(batch.inputs.shape[1] * update.probe_fraction)))
                 full = self._all_gradients(start, stop, probe, read_text(probe, a.config))
                 on_time = a["step"][start:stop] % update.attribution_every == 0
-                self._remember(start, stop, full.measured, on_time)
+                records.remember(self.arena, start, stop, full.measured, on_time)
             selection = self._select(start, stop, a["responsibility"][start:stop])
         # The blocks' forward pass needs no selection, so it runs beside the probe.
         forward = self._forward_all(start, stop, batch, text) if self.backend.fused else None
@@ -305,7 +279,7 @@ class Engine:
         for turn in range(config.update.inner_steps):
             last = turn == config.update.inner_steps - 1
             loss, grad, shared_grad = done.gradients()
-            scale = selection.scale if last else _culprits_alone(selection)
+            scale = selection.scale if last else records.culprits_alone(selection)
             norms = torch.linalg.vector_norm(grad, dim=-1)
             moving = scale.flatten()[done.row] > 0
             squares = self._by_lane(
@@ -322,19 +296,6 @@ class Engine:
             self._count(start, stop, selection, done.values, text, all_fine)
         return StepResult(first_loss, selection, ~all_fine)
 
-    # -- parts -----------------------------------------------------------------------------------
-
-    def _remember(self, start: int, stop: int, measured: Tensor, due: Tensor | None = None) -> None:
-        """Store responsibilities (of the lanes that are due, bool [L])."""
-        a = self.arena
-        last, mean = a["responsibility"][start:stop], a["mean_responsibility"][start:stop]
-        running = torch.where(mean == 0, measured, mean * _MEMORY + measured * (1 - _MEMORY))
-        if due is not None:
-            measured = torch.where(due[:, None], measured, last)
-            running = torch.where(due[:, None], running, mean)
-        finite = torch.isfinite(measured).all(1, keepdim=True)
-        a["responsibility"][start:stop] = torch.where(finite, measured, last)
-        a["mean_responsibility"][start:stop] = torch.where(finite, running, mean)
 
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
         a, update = self.arena, self.arena.config.update
@@ -444,52 +405,8 @@ class Engine:
         fine: Tensor,
     ) -> None:
         """Add the batch's bigrams to the updated blocks, by their share of the routing."""
-        a = self.arena
-        counts, ev = a["evidence"][start:stop], a.config.evidence
-        moved = (selection.scale > 0) & fine[:, None]
-        for index, share in zip(a.index(start, stop)[1:], done.share[1:], strict=True):
-            slots = torch.arange(index.offset, index.offset + index.width, device=a.device)
-            on = moved[:, index.offset : index.offset + index.width]
-            if self.backend.kernels:
-                from k1.kernels.evidence import add_counts_fused
-
-                # Not a product: a share may be NaN in a step that is skipped.
-                share = torch.where(on[..., None], share.detach(), 0.0)
-                slots = slots.expand(stop - start, -1)
-                add_counts_fused(counts, slots, share, text.bigram, text.context, text.valid, ev)
-                continue
-            most = max(1, int(on.sum(1).max()))
-            order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
-            valid = on.gather(1, order)
-            picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
-            picked = torch.where(valid[..., None], picked, 0.0)
-            where = torch.where(valid, slots[order], a.scratch)
-            add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)
-
-    def _book_keeping(self, start: int, stop: int, result: StepResult) -> None:
-        a, lanes = self.arena, slice(start, stop)
-        if self.backend.kernels:
-            from k1.kernels.select import record_step
-
-            record_step(a.state, lanes, result.selection, result.loss, result.skipped, _MEMORY)
-            return
-        step, fine = a["step"][lanes], ~result.skipped
-        updated = (result.selection.scale > 0) & fine[:, None]
-        a["updates"][lanes] += updated
-        a["last_update"][lanes] = torch.where(updated, step[:, None], a["last_update"][lanes])
-        culprits = result.selection.culprits
-        slot = torch.where((culprits >= 0) & fine[:, None], culprits, a.scratch)
-        hit = torch.zeros_like(updated).scatter_(1, slot, True)
-        hit[:, a.scratch] = False
-        a["visits"][lanes] += hit
-        a["last_culprit"][lanes] = torch.where(hit, step[:, None], a["last_culprit"][lanes])
-        a["blocks_updated"][lanes] += updated[:, 1:].sum(1)
-        loss = a["loss"][lanes]
-        mean = torch.where(loss == 0, result.loss, loss * _MEMORY + result.loss * (1 - _MEMORY))
-        a["loss"][lanes] = torch.where(fine, mean, loss)
-        a["skipped"][lanes] += result.skipped
-        a["step"][lanes] += 1
-        a["data_cursor"][lanes] += 1
+        kernels = self.backend.kernels
+        records.count_text(self.arena, start, stop, selection, done, text, fine, kernels)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -527,13 +444,6 @@ class Engine:
             return TreePass(forest, batch, text, self._inner_side).values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
-
-
-def _culprits_alone(selection: Selection) -> Tensor:
-    """Displacements [L, S] of the culprits, 0 for all else."""
-    slots = selection.scale.shape[1]
-    hit = selection.culprits[..., None] == torch.arange(slots, device=selection.scale.device)
-    return torch.where(hit.any(1), selection.scale, 0.0)
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

@@ -15,9 +15,10 @@ from k1.arena import Arena, LaneState
 from k1.checkpoint import load_checkpoint, save_checkpoint
 from k1.config import Config
 from k1.data import TextData
-from k1.engine import Engine, StepResult
+from k1.engine import Engine
 from k1.errors import CheckpointError, ConfigError, DeviceError
 from k1.forward import Batch, forward, logits, read_text
+from k1.records import StepResult
 from k1.sampling import TokenStore
 from k1.topology import Topology
 

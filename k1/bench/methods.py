@@ -20,9 +20,10 @@ from torch import Tensor
 from k1.arena import Arena
 from k1.attribution import Selection
 from k1.config import Config
-from k1.engine import Engine, StepResult
+from k1.engine import Engine
 from k1.errors import ConfigError
 from k1.forward import Activations, Batch, Text, read_text
+from k1.records import StepResult, record
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
 from k1.topology import ROOT_SLOT
@@ -138,7 +139,7 @@ class CoordinateEngine(Engine):
             batch = self.store.sample("train", seed, cursor, a["mix"][lanes], a.config.train.batch)
         selection = Selection(self.scale[lanes], self.on_path[lanes], self.culprit[lanes])
         result = self.path_step(start, stop, batch, read_text(batch, a.config), selection)
-        self._book_keeping(start, stop, result)
+        record(self.arena, start, stop, result, self.backend.kernels)
         return result
 
     def _clip(

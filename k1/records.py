@@ -1,0 +1,125 @@
+"""What a step leaves behind besides weights: its result, text statistics and records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from k1.arena import Arena
+from k1.attribution import Selection
+from k1.evidence import add_counts
+from k1.forward import Activations, Text
+
+_MEMORY = 0.95
+"""Decay of the running means of loss and responsibility."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, as tensors over lanes."""
+
+    loss: Tensor
+    """float32 [L]: nats per token before the update."""
+    selection: Selection
+    skipped: Tensor
+    """bool [L]: a gradient was not finite, so nothing was updated."""
+
+
+@dataclass(frozen=True)
+class FullGradients:
+    """What a full backward pass leaves."""
+
+    loss: Tensor
+    """float32 [L]."""
+    measured: Tensor
+    """float32 [L, S]: each block's responsibility."""
+    by_row: list[tuple[Tensor, Tensor]]
+    """Arena rows [M] and their gradients [M, P], part by part."""
+    by_shared: Tensor
+    """Gradient of the shared rows [L, Q]."""
+    values: Activations
+
+
+def remember(
+    arena: Arena, start: int, stop: int, measured: Tensor, due: Tensor | None = None
+) -> None:
+    """Store responsibilities (of the lanes that are due, bool [L])."""
+    a = arena
+    last, mean = a["responsibility"][start:stop], a["mean_responsibility"][start:stop]
+    running = torch.where(mean == 0, measured, mean * _MEMORY + measured * (1 - _MEMORY))
+    if due is not None:
+        measured = torch.where(due[:, None], measured, last)
+        running = torch.where(due[:, None], running, mean)
+    finite = torch.isfinite(measured).all(1, keepdim=True)
+    a["responsibility"][start:stop] = torch.where(finite, measured, last)
+    a["mean_responsibility"][start:stop] = torch.where(finite, running, mean)
+
+
+def count_text(
+    arena: Arena,
+    start: int,
+    stop: int,
+    selection: Selection,
+    done: Activations,
+    text: Text,
+    fine: Tensor,
+    kernels: bool,
+) -> None:
+    """Add the batch's bigrams to the updated blocks, by their share of the routing."""
+    a = arena
+    counts, ev = a["evidence"][start:stop], a.config.evidence
+    moved = (selection.scale > 0) & fine[:, None]
+    for index, share in zip(a.index(start, stop)[1:], done.share[1:], strict=True):
+        slots = torch.arange(index.offset, index.offset + index.width, device=a.device)
+        on = moved[:, index.offset : index.offset + index.width]
+        if kernels:
+            from k1.kernels.evidence import add_counts_fused
+
+            # Not a product: a share may be NaN in a step that is skipped.
+            share = torch.where(on[..., None], share.detach(), 0.0)
+            slots = slots.expand(stop - start, -1)
+            add_counts_fused(counts, slots, share, text.bigram, text.context, text.valid, ev)
+            continue
+        most = max(1, int(on.sum(1).max()))
+        order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
+        valid = on.gather(1, order)
+        picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
+        picked = torch.where(valid[..., None], picked, 0.0)
+        where = torch.where(valid, slots[order], a.scratch)
+        add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)
+
+
+def record(arena: Arena, start: int, stop: int, result: StepResult, kernels: bool) -> None:
+    """Write a step into the records of its lanes, and go on to their next batch."""
+    a, lanes = arena, slice(start, stop)
+    if kernels:
+        from k1.kernels.select import record_step
+
+        record_step(a.state, lanes, result.selection, result.loss, result.skipped, _MEMORY)
+        return
+    step, fine = a["step"][lanes], ~result.skipped
+    updated = (result.selection.scale > 0) & fine[:, None]
+    a["updates"][lanes] += updated
+    a["last_update"][lanes] = torch.where(updated, step[:, None], a["last_update"][lanes])
+    culprits = result.selection.culprits
+    slot = torch.where((culprits >= 0) & fine[:, None], culprits, a.scratch)
+    hit = torch.zeros_like(updated).scatter_(1, slot, True)
+    hit[:, a.scratch] = False
+    a["visits"][lanes] += hit
+    a["last_culprit"][lanes] = torch.where(hit, step[:, None], a["last_culprit"][lanes])
+    a["blocks_updated"][lanes] += updated[:, 1:].sum(1)
+    loss = a["loss"][lanes]
+    mean = torch.where(loss == 0, result.loss, loss * _MEMORY + result.loss * (1 - _MEMORY))
+    a["loss"][lanes] = torch.where(fine, mean, loss)
+    a["skipped"][lanes] += result.skipped
+    a["step"][lanes] += 1
+    a["data_cursor"][lanes] += 1
+
+
+def culprits_alone(selection: Selection) -> Tensor:
+    """Displacements [L, S] of the culprits, 0 for all else."""
+    slots = selection.scale.shape[1]
+    hit = selection.culprits[..., None] == torch.arange(slots, device=selection.scale.device)
+    return torch.where(hit.any(1), selection.scale, 0.0)
