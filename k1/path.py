@@ -10,9 +10,11 @@ embedding it leaves out what the attention and feed-forward branches beside the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from k1.config import Config
 from k1.forward import (
@@ -165,7 +167,7 @@ def _mix_level(
 ) -> Tensor:
     """Mix a level's path blocks: recomputed children with a graph, the others frozen."""
     index, path, under = levels[level], paths[level], paths[level + 1]
-    lanes, rows, tokens, d = ys[level].shape
+    lanes, rows = path.position.shape
     width_below = levels[level + 1].width
 
     def at_path(values: Tensor) -> Tensor:
@@ -174,26 +176,80 @@ def _mix_level(
         return values.flatten(0, 1).index_select(0, flat).view(lanes, rows, *lead)
 
     children, exists = at_path(index.children), at_path(index.has_child)
-    ranks = children.shape[-1]
     flat = flat_index(children.flatten(1), width_below)
-    prior = frozen.prior[level + 1].flatten(0, 1).index_select(0, flat)
-    route = prior.view(lanes, rows, ranks, -1)
+
+    def of_children(values: Tensor) -> Tensor:
+        picked = values.flatten(0, 1).index_select(0, flat)
+        return picked.view(lanes, rows, -1, *values.shape[2:])
+
+    route = of_children(frozen.prior[level + 1])
     if config.model.router != "mean":
-        route = route + learned_logits(pieces[level], ys[level])[:, :, :ranks]
-    lowest = torch.finfo(route.dtype).min
-    weight = torch.softmax(route.masked_fill(~exists[..., None], lowest), dim=2)
+        route = route + learned_logits(pieces[level], ys[level])[:, :, : children.shape[-1]]
+    route = route.masked_fill(~exists[..., None], torch.finfo(route.dtype).min)
     # [L, R, K, R_below]: rank k of path row r is the path row q below.
-    same = children[..., None] == under.position[:, None, None]
-    same = (same & exists[..., None]).to(weight.dtype) * under.in_parent.transpose(1, 2)[:, :, None]
-    beside = exists & (same.sum(-1) == 0)
-    constant = frozen.m[level + 1].flatten(0, 1).index_select(0, flat)
-    constant = constant.view(lanes, rows, ranks, tokens, d)
-    out = (constant * (weight * beside[..., None]).to(below.dtype)[..., None]).sum(2)
-    # Beside the path the residual connections still carry the input on: a gradient that knows this
-    # (and takes only the frozen branches for constant) points the ancestors the right way.
-    residual = (weight * beside[..., None]).sum(2).to(below.dtype)[..., None]
-    out = out + residual.detach() * (ys[level] - ys[level].detach())
-    own_weight = torch.einsum("lrkn,lrkq->lqn", weight, same)
-    own = below * own_weight[..., None].to(below.dtype)
-    out = out + (under.in_parent.transpose(1, 2).to(own.dtype) @ own.flatten(2)).view_as(out)
-    return torch.where(at_path(index.is_leaf)[..., None, None], ys[level], out)
+    own = (children[..., None] == under.position[:, None, None]) & exists[..., None]
+    own = own & (under.in_parent.transpose(1, 2)[:, :, None] > 0)
+    out: Tensor = _PathMix.apply(
+        ys[level],
+        below,
+        route,
+        of_children(frozen.m[level + 1]),
+        exists,
+        own,
+        at_path(index.is_leaf),
+    )
+    return out
+
+
+class _PathMix(torch.autograd.Function):
+    """Average the children of path blocks, of which some are path blocks too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        below: Tensor,
+        route: Tensor,
+        values: Tensor,
+        exists: Tensor,
+        own: Tensor,
+        is_leaf: Tensor,
+    ) -> Tensor:
+        """Mix; `values` [L, R, K, N, d], the children's, take in those of `below` [L, Q, N, d]."""
+        lanes, rows, ranks, _ = own.shape
+        weight = torch.softmax(route, dim=2)
+        if weight.shape[-1] == 1:
+            weight = weight.expand(-1, -1, -1, y.shape[2])
+        weight = weight.to(y.dtype)
+        mine = own.any(-1)
+        row = flat_index(own.long().argmax(-1).flatten(1), below.shape[1])
+        again = below.flatten(0, 1).index_select(0, row).view_as(values)
+        values = torch.where(mine[..., None, None], again, values)
+        out = values[:, :, 0] * weight[:, :, 0, :, None]
+        for k in range(1, ranks):
+            out.addcmul_(values[:, :, k], weight[:, :, k, :, None])
+        leaf = is_leaf[..., None, None]
+        ctx.save_for_backward(values, weight, route, exists, own, mine, leaf)
+        return torch.where(leaf, y, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, route, exists, own, mine, leaf = ctx.saved_tensors
+        through = grad.masked_fill(leaf, 0)
+        # Beside the path the residual connections still carry the input on: a gradient that knows
+        # this (and takes only the frozen branches for constant) points the ancestors the right way.
+        beside = (weight * (exists & ~mine)[..., None]).sum(2)
+        by_y = torch.where(leaf, grad, through * beside[..., None])
+        to_own = own.to(weight.dtype)
+        share = torch.einsum("lrkn,lrkq->lqn", weight, to_own)
+        by_below = (to_own.sum(2).transpose(1, 2) @ through.flatten(2)).unflatten(
+            2, through.shape[2:]
+        ) * share[..., None]
+        by_route = None
+        if ctx.needs_input_grad[2]:
+            by_weight = (values * through[:, :, None]).sum(-1)
+            by_route = torch._softmax_backward_data(
+                by_weight.to(route.dtype), weight.to(route.dtype), 2, route.dtype
+            )
+        return by_y, by_below, by_route, None, None, None, None
