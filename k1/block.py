@@ -148,9 +148,7 @@ def _attention(qkv: Tensor, heads: int) -> tuple[Tensor, list[Tensor]]:
     return outs[0] if heads == 1 else torch.cat(outs, dim=-1), weights
 
 
-def _attention_backward(
-    qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, heads: int
-) -> Tensor:
+def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, heads: int) -> Tensor:
     """Gradient of the projections [sequences, time, 3 * embed] from that of `_attention`."""
     by_q, by_k, by_v = [], [], []
     width = grad.shape[-1] // heads

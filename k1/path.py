@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k1.block import Folded, block_forward, fold
 from k1.config import Config
 from k1.forward import (
     Activations,
     Batch,
     Forest,
     Text,
-    Weights,
+    arithmetic,
     embed,
     forward,
     lane_loss,
     learned_logits,
-    run_level,
 )
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
@@ -79,15 +79,42 @@ def index_paths(
     return paths
 
 
+@dataclass(frozen=True)
+class PathBlocks:
+    """The path blocks, run with a graph on each other's outputs."""
+
+    rows: Tensor
+    """Their parameters [blocks, P], level by level, lane by lane; a leaf of the graph."""
+    shared: Tensor
+    """The shared row [L, Q]; a leaf of the graph."""
+    pieces: list[dict[str, Tensor]]
+    """Parameters by name of each level's path blocks, each [L * R, ...]."""
+    ys: list[Tensor]
+    """Outputs [L, R, N, d] of each level."""
+
+
 class PathPass:
     """All blocks forward, once; then the gradients of the path blocks."""
 
     def __init__(self, forest: Forest, batch: Batch, text: Text, paths: list[PathIndex]) -> None:
-        """Run the trees on a batch without a graph."""
+        """Run the trees on a batch, the path blocks alone with a graph."""
         self.forest, self.batch, self.paths = forest, batch, paths
+        self._run: PathBlocks | None = None
+        known = None
+        if not forest.rows.is_cuda:  # there, shapes depend on no value, so path blocks run twice
+            with torch.enable_grad():
+                self._run = run_paths(forest, batch, paths)
+            levels = zip(self._run.ys, forest.levels, paths, strict=True)
+            known = [_known(*level) for level in levels]
         with torch.no_grad():
             self.values = forward(
-                forest.weights(), forest.router, forest.levels, batch, text, forest.config
+                forest.weights(),
+                forest.router,
+                forest.levels,
+                batch,
+                text,
+                forest.config,
+                known=known,
             )
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -95,18 +122,52 @@ class PathPass:
 
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         """
-        forest = self.forest
-        lane = torch.arange(len(forest.rows), device=forest.rows.device)[:, None]
-        rows = [forest.rows[lane, path.slot].requires_grad_() for path in self.paths]
-        shared = as_leaf(forest.shared)
-        weights = replace(forest.weights(), shared=shared)
-        loss = path_loss(
-            rows, weights, self.values, self.paths, forest.levels, self.batch, forest.config
+        forest, paths, lanes = self.forest, self.paths, len(self.forest.rows)
+        run = self._run or run_paths(forest, self.batch, paths)
+        self._run = None
+        mixed = run.ys[-1]
+        for level in range(len(paths) - 2, -1, -1):
+            mixed = _mix_level(
+                run.ys, mixed, run.pieces, self.values, paths, forest.levels, level, forest.config
+            )
+        weights = replace(forest.weights(), shared=run.shared)
+        loss = lane_loss(weights, mixed[:, 0], self.batch)
+        by_row, by_shared = torch.autograd.grad(
+            loss.sum(), [run.rows, run.shared], allow_unused=True, materialize_grads=True
         )
-        *by_level, by_shared = torch.autograd.grad(
-            loss.sum(), [*rows, shared], allow_unused=True, materialize_grads=True
-        )
-        return loss.detach(), by_level, by_shared
+        by_level = by_row.split([path.slot.numel() for path in paths])
+        return loss.detach(), [grad.unflatten(0, (lanes, -1)) for grad in by_level], by_shared
+
+
+def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlocks:
+    """Run the path blocks with a graph."""
+    config, (lanes, slots, _) = forest.config, forest.rows.shape
+    _, b, t = batch.inputs.shape
+    chosen = torch.cat([flat_index(path.slot, slots) for path in paths])
+    rows = forest.rows.flatten(0, 1).index_select(0, chosen).requires_grad_()
+    shared = as_leaf(forest.shared)
+    sizes = [path.slot.numel() for path in paths]
+
+    def by_level(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts = zip(*[tensor.split(sizes) for tensor in tensors.values()], strict=True)
+        return [dict(zip(tensors, part, strict=True)) for part in parts]
+
+    pieces = forest.block_layout.unpack(rows)
+    folded = by_level(vars(fold(pieces, arithmetic(config))))
+    x = embed(forest.shared_layout.unpack(shared), batch.inputs).to(arithmetic(config))[:, None]
+    ys: list[Tensor] = []
+    for path, own in zip(paths, folded, strict=True):
+        if ys:
+            x = (path.in_parent.to(x.dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
+        y = block_forward(Folded(**own), x.flatten(0, 1), config.model.heads)
+        ys.append(y.view(lanes, -1, b * t, y.shape[-1]))
+    return PathBlocks(rows, shared, by_level(pieces), ys)
+
+
+def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> tuple[Tensor, Tensor]:
+    """Places in the flattened level, and outputs [blocks, N, d], of a level's path blocks."""
+    at, valid = flat_index(path.position, index.width), path.valid.flatten()
+    return at[valid], y.detach().flatten(0, 1)[valid]
 
 
 def as_leaf(view: Tensor) -> Tensor:
@@ -116,43 +177,6 @@ def as_leaf(view: Tensor) -> Tensor:
     other threads, would then look like a change of this one.
     """
     return view.data.requires_grad_()
-
-
-def path_loss(
-    rows: list[Tensor],
-    weights: Weights,
-    frozen: Activations,
-    paths: list[PathIndex],
-    levels: list[LevelIndex],
-    batch: Batch,
-    config: Config,
-) -> Tensor:
-    """Loss per lane [L] as a function of the path blocks' rows and the shared row.
-
-    Args:
-        rows: parameters [L, R, P] of the path blocks of each level, requiring gradients.
-        weights: the shared row (requiring gradients) and the layouts; its levels are not used.
-        frozen: what the frozen forward pass left.
-        paths: from `index_paths`.
-        levels: the trees.
-        batch: the windows that `frozen` was computed on.
-        config: the configuration.
-    """
-    _, b, t = batch.inputs.shape
-    dtype = frozen.y[0].dtype
-    x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
-    ys: list[Tensor] = []
-    pieces: list[dict[str, Tensor]] = []
-    for level, path in enumerate(paths):
-        if level:
-            x = (path.in_parent.to(dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
-        own = weights.block_layout.unpack(rows[level].flatten(0, 1))
-        pieces.append(own)
-        ys.append(run_level(own, x, config))
-    mixed = ys[-1]
-    for level in range(len(paths) - 2, -1, -1):
-        mixed = _mix_level(ys, mixed, pieces, frozen, paths, levels, level, config)
-    return lane_loss(weights, mixed[:, 0], batch)
 
 
 def _mix_level(
@@ -216,7 +240,7 @@ class _PathMix(torch.autograd.Function):
         is_leaf: Tensor,
     ) -> Tensor:
         """Mix; `values` [L, R, K, N, d], the children's, take in those of `below` [L, Q, N, d]."""
-        lanes, rows, ranks, _ = own.shape
+        ranks = own.shape[2]
         weight = torch.softmax(route, dim=2)
         if weight.shape[-1] == 1:
             weight = weight.expand(-1, -1, -1, y.shape[2])
