@@ -132,8 +132,8 @@ def _by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
     return zip(pieces[:heads], pieces[heads : 2 * heads], pieces[2 * heads :], strict=True)
 
 
-def _attention(qkv: Tensor, heads: int) -> tuple[Tensor, list[Tensor]]:
-    """Causal attention on a CPU, without a graph, and the weights [sequences, time, time] of it.
+def _attention(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Causal attention on a CPU, and if they are kept its weights [sequences, time, time] by head.
 
     Narrow heads are 2-4 times faster as plain products than in torch's fused kernel; head by head,
     they read the projections in place.
@@ -143,8 +143,9 @@ def _attention(qkv: Tensor, heads: int) -> tuple[Tensor, list[Tensor]]:
     outs, weights = [], []
     for q, k, v in _by_head(qkv, heads):
         scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        weights.append(torch.softmax(scores, dim=-1, out=scores))
-        outs.append(torch.bmm(scores, v))
+        outs.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores), v))
+        if keep:
+            weights.append(scores)
     return outs[0] if heads == 1 else torch.cat(outs, dim=-1), weights
 
 
@@ -264,22 +265,22 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     step = max(1, _CACHE_BYTES // widest)
     for first in range(0, blocks, step):
         some = slice(first, first + step)
-        _run(Folded(*[t[some] for t in p.tensors()]), x[some], heads, y[some])
+        _run(Folded(*[t[some] for t in p.tensors()]), x[some], heads, y[some], keep=False)
     return y
 
 
-def _run(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
-    """Write the outputs of blocks to `y`, and return what `_Blocks` needs to go back."""
+def _run(p: Folded, x: Tensor, heads: int, y: Tensor, keep: bool) -> list[Tensor]:
+    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back, if it is kept."""
     blocks, batch, time, d = x.shape
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
     normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
     qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
-    a, weights = _attention(qkv, heads)
+    a, weights = _attention(qkv, heads, keep)
     a = a.view(blocks, batch * time, d)
     middle = torch.baddbmm(x, a, p.out)
     normed_2, *moments_2 = torch.native_layer_norm(middle, (d,), None, None, _EPS)
     h = torch.baddbmm(p.mlp_in_bias[:, None], normed_2, p.mlp_in)
-    active = F.gelu(h)
+    active = F.gelu(h) if keep else torch.ops.aten.gelu_(h)
     torch.add(middle, p.mlp_out_bias[:, None], out=y).baddbmm_(active, p.mlp_out)
     return [normed, *moments, qkv, a, middle, normed_2, *moments_2, h, active, *weights]
 
@@ -290,7 +291,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int, *weights: Tensor) -> Tensor:
         y = x.new_empty(x.shape)
-        kept = _run(Folded(*weights), x, heads, y)
+        kept = _run(Folded(*weights), x, heads, y, keep=True)
         ctx.heads = heads
         ctx.save_for_backward(x, *weights, *kept)
         return y
