@@ -8,17 +8,26 @@ lies where.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from k1.config import ModelConfig
 
 # The other fused kernel's backward pass is not reproducible on CUDA.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+_EPS = 1e-5
+"""Added to the variance in norms: `F.layer_norm`'s own."""
+_CACHE_BYTES = 3 * 2**19
+"""Size of a frozen block's largest intermediate value, all blocks of a pass together, on a CPU:
+what stays in the cache, and in memory that is used again for the next blocks."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +121,51 @@ def initial_rows(layout: Layout, rows: int, generator: torch.Generator) -> Tenso
     return torch.cat(pieces, dim=1)
 
 
-def causal_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Causal attention: [sequences, time, 3 * embed] -> [sequences, time, embed]."""
+def fused_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Causal attention on CUDA: [sequences, time, 3 * embed] -> [sequences, time, embed]."""
     sequences, time, width = qkv.shape
     d = width // 3
-    if qkv.is_cuda:
-        q, k, v = qkv.view(sequences, time, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        with sdpa_kernel(_BACKENDS):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.transpose(1, 2).reshape(sequences, time, d)
-    # On a CPU, narrow heads are 2-4 times faster as plain products than in the fused kernel; head
-    # by head, they read the projections in place.
+    q, k, v = qkv.view(sequences, time, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    with sdpa_kernel(_BACKENDS):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out.transpose(1, 2).reshape(sequences, time, d)
+
+
+def _by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each head [sequences, time, embed / heads], where they lie."""
+    pieces = qkv.split(qkv.shape[-1] // (3 * heads), dim=-1)
+    return zip(pieces[:heads], pieces[heads : 2 * heads], pieces[2 * heads :], strict=True)
+
+
+def _attention(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """Causal attention on a CPU, and if they are kept its weights [sequences, time, time] by head.
+
+    Narrow heads are 2-4 times faster as plain products than in torch's fused kernel; head by head,
+    they read the projections in place.
+    """
+    time = qkv.shape[1]
     mask = torch.full((time, time), -torch.inf, dtype=qkv.dtype).triu(1)
-    q, k, v = (part.split(d // heads, dim=-1) for part in qkv.split(d, dim=-1))
-    outs = []
-    for q_h, k_h, v_h in zip(q, k, v, strict=True):
-        scores = torch.baddbmm(mask, q_h, k_h.transpose(1, 2), alpha=(d // heads) ** -0.5)
-        outs.append(torch.bmm(torch.softmax(scores, dim=-1), v_h))
-    return outs[0] if heads == 1 else torch.cat(outs, dim=-1)
+    outs, weights = [], []
+    for q, k, v in _by_head(qkv, heads):
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        outs.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores), v))
+        if keep:
+            weights.append(scores)
+    return outs[0] if heads == 1 else torch.cat(outs, dim=-1), weights
+
+
+def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, heads: int) -> Tensor:
+    """Gradient of the projections [sequences, time, 3 * embed] from that of `_attention`."""
+    by_q, by_k, by_v = [], [], []
+    width = grad.shape[-1] // heads
+    parts = zip(_by_head(qkv, heads), weights, grad.split(width, dim=-1), strict=True)
+    for (q, k, v), weight, out in parts:
+        by_weight = torch.bmm(out, v.transpose(1, 2))
+        scores = torch._softmax_backward_data(by_weight, weight, -1, weight.dtype)
+        by_q.append(torch.bmm(scores, k).mul_(width**-0.5))
+        by_k.append(torch.bmm(scores.transpose(1, 2), q).mul_(width**-0.5))
+        by_v.append(torch.bmm(weight.transpose(1, 2), out))
+    return torch.cat([*by_q, *by_k, *by_v], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -216,14 +252,86 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
         [blocks, batch, time, embed].
     """
     blocks, batch, time, d = x.shape
-    x = x.reshape(blocks, batch * time, d)
-    qkv = torch.baddbmm(p.qkv_bias[:, None], F.layer_norm(x, (d,)), p.qkv)
-    a = causal_attention(qkv.view(blocks * batch, time, 3 * d), heads)
-    x = torch.baddbmm(x, a.view(blocks, batch * time, d), p.out)
-    h = torch.baddbmm(p.mlp_in_bias[:, None], F.layer_norm(x, (d,)), p.mlp_in)
-    x = x + p.mlp_out_bias[:, None]
-    x = torch.baddbmm(x, F.gelu(h), p.mlp_out)
-    return x.view(blocks, batch, time, d)
+    if x.is_cuda:
+        x = x.reshape(blocks, batch * time, d)
+        qkv = torch.baddbmm(p.qkv_bias[:, None], F.layer_norm(x, (d,)), p.qkv)
+        a = fused_attention(qkv.view(blocks * batch, time, 3 * d), heads)
+        x = torch.baddbmm(x, a.view(blocks, batch * time, d), p.out)
+        h = torch.baddbmm(p.mlp_in_bias[:, None], F.layer_norm(x, (d,)), p.mlp_in)
+        x = x + p.mlp_out_bias[:, None]
+        x = torch.baddbmm(x, F.gelu(h), p.mlp_out)
+        return x.view(blocks, batch, time, d)
+    if torch.is_grad_enabled():
+        out: Tensor = _Blocks.apply(x, heads, *p.tensors())
+        return out
+    # A few at a time: their values stay in the cache, and in memory that is used again.
+    y = x.new_empty(x.shape)
+    widest = batch * time * max(p.qkv.shape[2], p.mlp_in.shape[2], time) * x.element_size()
+    step = max(1, _CACHE_BYTES // widest)
+    for first in range(0, blocks, step):
+        some = slice(first, first + step)
+        _run(Folded(*[t[some] for t in p.tensors()]), x[some], heads, y[some], keep=False)
+    return y
+
+
+def _run(p: Folded, x: Tensor, heads: int, y: Tensor, keep: bool) -> list[Tensor]:
+    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back, if it is kept."""
+    blocks, batch, time, d = x.shape
+    x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
+    normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
+    qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
+    a, weights = _attention(qkv, heads, keep)
+    a = a.view(blocks, batch * time, d)
+    middle = torch.baddbmm(x, a, p.out)
+    normed_2, *moments_2 = torch.native_layer_norm(middle, (d,), None, None, _EPS)
+    h = torch.baddbmm(p.mlp_in_bias[:, None], normed_2, p.mlp_in)
+    active = F.gelu(h) if keep else torch.ops.aten.gelu_(h)
+    torch.add(middle, p.mlp_out_bias[:, None], out=y).baddbmm_(active, p.mlp_out)
+    return [normed, *moments, qkv, a, middle, normed_2, *moments_2, h, active, *weights]
+
+
+class _Blocks(torch.autograd.Function):
+    """Blocks with gradients on a CPU: written out, for torch's own graph costs much there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, *weights: Tensor) -> Tensor:
+        y = x.new_empty(x.shape)
+        kept = _run(Folded(*weights), x, heads, y, keep=True)
+        ctx.heads = heads
+        ctx.save_for_backward(x, *weights, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        p, kept = Folded(*saved[:7]), saved[7:]
+        normed, mean, rstd, qkv, a, middle, normed_2, mean_2, rstd_2, h, active, *weights = kept
+        heads, flat, d = ctx.heads, a.shape, x.shape[-1]
+        dy = grad.reshape(flat)
+
+        def back(rows: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.bmm(out, weight.transpose(1, 2)), torch.bmm(rows.transpose(1, 2), out)
+
+        def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+            which = [True, False, False]
+            return torch.ops.aten.native_layer_norm_backward(
+                out, rows, (d,), mean, rstd, None, None, which
+            )[0]
+
+        by_active, by_mlp_out = back(active, p.mlp_out, dy)
+        by_h = torch.ops.aten.gelu_backward(by_active, h)
+        by_normed, by_mlp_in = back(normed_2, p.mlp_in, by_h)
+        by_middle = norm_back(by_normed, middle, mean_2, rstd_2).add_(dy)
+        by_a, by_out = back(a, p.out, by_middle)
+        by_qkv = _attention_backward(qkv, weights, by_a.view(qkv.shape[0], -1, d), heads)
+        by_qkv = by_qkv.view(*flat[:2], -1)
+        by_normed, by_weight = back(normed, p.qkv, by_qkv)
+        by_x = norm_back(by_normed, x.reshape(flat), mean, rstd).add_(by_middle)
+        by_weights = Folded(
+            by_weight, by_qkv.sum(1), by_out, by_mlp_in, by_h.sum(1), by_mlp_out, dy.sum(1)
+        )
+        return by_x.view_as(x), None, *by_weights.tensors()
 
 
 def child_logits(p: dict[str, Tensor], y: Tensor) -> Tensor:

@@ -62,7 +62,22 @@ def prepare_torch(device: str) -> None:
 
     if device == "cpu":
         torch.set_num_threads(1)  # threads work on lanes, not on products (k1.engine)
+        _keep_memory()
     if device == "cuda":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.set_float32_matmul_precision("high")
+
+
+def _keep_memory() -> None:
+    """Let malloc keep what a step frees for the next one, where malloc is glibc's.
+
+    It would give the top of the heap back after every step, and the next one would pay for each of
+    its pages again.
+    """
+    import ctypes
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # the numbers of malloc.h
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**25)  # the most it takes

@@ -296,7 +296,6 @@ class Engine:
             self._count(start, stop, selection, done.values, text, all_fine)
         return StepResult(first_loss, selection, ~all_fine)
 
-
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
         a, update = self.arena, self.arena.config.update
         rules = SelectionRules(

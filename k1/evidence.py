@@ -12,8 +12,6 @@ not less likely, and children with the same history are told apart by nothing.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -86,20 +84,17 @@ def level_evidence(
         float32 [L, W_child, B * T].
     """
     lanes, width = counts.shape[:2]
-    n = config.buckets
-
-    def look_up(start: int, bucket: Tensor) -> Tensor:
-        ages = torch.arange(3, device=counts.device) * counts.shape[-1] + start
-        index = (bucket.flatten(1)[:, None] + ages[:, None]).flatten(1)
-        found = counts.flatten(2).gather(2, index[:, None].expand(-1, width, -1))
-        return found.view(lanes, width, 3, -1).sum(2).float() / UNIT * child.alive[..., None]
-
-    both, before = look_up(0, bigram), look_up(n, context)
-    pool = partial(to_children, parent=parent, child=child)
-    prior_both = pool(to_parents(both, parent, child))
-    prior_context = pool(to_parents(before, parent, child))
+    n, tokens = config.buckets, bigram[0].numel()
+    # One look-up and one pooling for both: their results lie side by side, bigrams first.
+    bucket = torch.cat([bigram.flatten(1), context.flatten(1) + n], dim=1)
+    ages = torch.arange(3, device=counts.device)[:, None] * counts.shape[-1]
+    index = (bucket[:, None] + ages).flatten(1)
+    found = counts.flatten(2).gather(2, index[:, None].expand(-1, width, -1))
+    own = found.view(lanes, width, 3, -1).sum(2).float() / UNIT * child.alive[..., None]
+    pooled = to_children(to_parents(own, parent, child), parent, child)
+    (both, before), (all_both, all_before) = own.split(tokens, 2), pooled.split(tokens, 2)
     # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
-    prior = (prior_both + config.strength / n) / (prior_context + config.strength)
+    prior = (all_both + config.strength / n) / (all_before + config.strength)
     ratio = (both + config.strength * prior) / (before + config.strength) / prior
     log_ratio = ratio.log().view(lanes, width, *bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.

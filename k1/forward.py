@@ -23,7 +23,7 @@ from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
 from k1.head import mean_cross_entropy, token_cross_entropy
-from k1.mixing import mix, sibling_softmax, to_children
+from k1.mixing import flat_index, mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
 
 LN2 = math.log(2.0)
@@ -186,6 +186,37 @@ def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config) -> Tensor:
     return y.view(*x.shape[:2], -1, x.shape[-1])
 
 
+def _run_others(
+    layout: Layout,
+    rows: Tensor,
+    above: Tensor,
+    index: LevelIndex,
+    config: Config,
+    at: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """Run the blocks of a level whose outputs are not known; returns all outputs [L, W, N, d].
+
+    Args:
+        layout: of the rows.
+        rows: parameters [L * W, P].
+        above: outputs of the level above [L, W_above, B, T, d]; the root's inputs for the root.
+        index: the level.
+        config: the sizes.
+        at: int64: places in the flattened level of the blocks that are known.
+        y: their outputs [blocks, N, d].
+    """
+    if len(at) == len(rows):
+        return y.view(len(index.alive), index.width, *y.shape[1:])
+    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, at, False).nonzero()[:, 0]
+    source = flat_index(index.parent, above.shape[1])[others]
+    own = fold(layout.unpack(rows.index_select(0, others)), above.dtype)
+    new = block_forward(own, above.flatten(0, 1).index_select(0, source), config.model.heads)
+    out = y.new_empty(len(rows), *y.shape[1:])
+    out.index_copy_(0, at, y).index_copy_(0, others, new.flatten(1, 2))
+    return out.view(len(index.alive), index.width, *y.shape[1:])
+
+
 def learned_logits(pieces: dict[str, Tensor], y: Tensor) -> Tensor:
     """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d]."""
     lanes, width = y.shape[:2]
@@ -200,6 +231,7 @@ def forward(
     batch: Batch,
     text: Text,
     config: Config,
+    known: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Activations:
     """Run whole trees. Keeps a graph if the weights require gradients.
 
@@ -210,6 +242,8 @@ def forward(
         batch: the windows.
         text: the same as the routers see them.
         config: the sizes.
+        known: of each level, blocks that need not run: their places int64 [blocks] in the
+            flattened level, and their outputs [blocks, N, d]. On a CPU, without a graph.
     """
     kind, dtype = config.model.router, arithmetic(config)
     _, b, t = batch.inputs.shape
@@ -217,11 +251,17 @@ def forward(
     ys: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
     for index in levels:
+        rows = weights.levels[index.level].flatten(0, 1)
+        pieces.append(weights.block_layout.unpack(rows))
+        if known is not None:
+            above = ys[-1].unflatten(2, (b, t)) if ys else x
+            ys.append(
+                _run_others(weights.block_layout, rows, above, index, config, *known[len(ys)])
+            )
+            continue
         if index.level:
             x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
-        own = weights.block_layout.unpack(weights.levels[index.level].flatten(0, 1))
-        pieces.append(own)
-        ys.append(run_level(own, x, config))
+        ys.append(run_level(pieces[-1], x, config))
     prior = priors(router, levels, text, config)
     m: list[Tensor] = [ys[-1]]
     share: list[Tensor] = []

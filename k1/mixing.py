@@ -16,8 +16,15 @@ from k1.topology import LevelIndex
 
 def flat_index(index: Tensor, width: int) -> Tensor:
     """Turn positions within a lane [L, ...] into positions in the flattened [L * width]."""
+    if index.shape[0] == 1:
+        return index.reshape(-1)
     lane = torch.arange(index.shape[0], device=index.device) * width
     return (index + lane.view(-1, *[1] * (index.dim() - 1))).reshape(-1)
+
+
+def _differentiable(tensor: Tensor) -> bool:
+    """Whether a graph is wanted; without one, calling torch's machinery for it costs time."""
+    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _spread(y: Tensor, child: LevelIndex) -> Tensor:
@@ -112,6 +119,8 @@ def mix(m: Tensor, weight: Tensor, parent: LevelIndex, child: LevelIndex) -> Ten
 
 def to_children(y: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
     """Hand every child its parent's value: [L, W_parent, ...] -> [L, W_child, ...]."""
+    if not _differentiable(y):
+        return _spread(y, child)
     out: Tensor = _ToChildren.apply(y, parent, child)
     return out
 
@@ -121,6 +130,8 @@ def to_parents(x: Tensor, parent: LevelIndex, child: LevelIndex) -> Tensor:
 
     A parent without children gets zero.
     """
+    if not _differentiable(x):
+        return _collect(x, parent)
     out: Tensor = _ToParents.apply(x, parent, child)
     return out
 

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from k1.block import Folded, block_forward, fold
 from k1.config import Config
 from k1.forward import (
     Activations,
     Batch,
     Forest,
     Text,
-    Weights,
+    arithmetic,
     embed,
     forward,
     lane_loss,
     learned_logits,
-    run_level,
 )
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
@@ -78,41 +80,100 @@ def index_paths(
     return paths
 
 
+@dataclass(frozen=True)
+class PathBlocks:
+    """The path blocks, run with a graph on each other's outputs."""
+
+    rows: Tensor
+    """Their parameters [blocks, P], level by level, lane by lane; a leaf of the graph."""
+    shared: Tensor
+    """The shared row [L, Q]; a leaf of the graph."""
+    pieces: list[dict[str, Tensor]]
+    """Parameters by name of each level's path blocks, each [L * R, ...]."""
+    ys: list[Tensor]
+    """Outputs [L, R, N, d] of each level."""
+
+
 class PathPass:
     """All blocks forward, once; then the gradients of the path blocks."""
 
     def __init__(self, forest: Forest, batch: Batch, text: Text, paths: list[PathIndex]) -> None:
-        """Run the trees on a batch without a graph."""
+        """Run the trees on a batch, the path blocks alone with a graph."""
         self.forest, self.batch, self.paths = forest, batch, paths
+        self._run: PathBlocks | None = None
+        known = None
+        if not forest.rows.is_cuda:  # there, shapes depend on no value, so path blocks run twice
+            with torch.enable_grad():
+                self._run = run_paths(forest, batch, paths)
+            levels = zip(self._run.ys, forest.levels, paths, strict=True)
+            known = [_known(*level) for level in levels]
         with torch.no_grad():
             self.values = forward(
-                forest.weights(), forest.router, forest.levels, batch, text, forest.config
+                forest.weights(),
+                forest.router,
+                forest.levels,
+                batch,
+                text,
+                forest.config,
+                known=known,
             )
 
     @cached_property
     def row(self) -> Tensor:
         """Arena rows of the path blocks: int64 [M], scratch rows where padded."""
-        lanes, slots, _ = self.forest.rows.shape
-        lane = torch.arange(lanes, device=self.forest.rows.device)[:, None] * slots
-        return torch.cat([(path.slot + lane).flatten() for path in self.paths])
+        slots = self.forest.rows.shape[1]
+        return torch.cat([flat_index(path.slot, slots) for path in self.paths])
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [L], gradients [M, P] of the path blocks and [L, Q] of the shared part.
 
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         """
-        forest = self.forest
-        lane = torch.arange(len(forest.rows), device=forest.rows.device)[:, None]
-        rows = [forest.rows[lane, path.slot].requires_grad_() for path in self.paths]
-        shared = as_leaf(forest.shared)
-        weights = replace(forest.weights(), shared=shared)
-        loss = path_loss(
-            rows, weights, self.values, self.paths, forest.levels, self.batch, forest.config
+        forest, paths = self.forest, self.paths
+        run = self._run or run_paths(forest, self.batch, paths)
+        self._run = None
+        mixed = run.ys[-1]
+        for level in range(len(paths) - 2, -1, -1):
+            mixed = _mix_level(
+                run.ys, mixed, run.pieces, self.values, paths, forest.levels, level, forest.config
+            )
+        weights = replace(forest.weights(), shared=run.shared)
+        loss = lane_loss(weights, mixed[:, 0], self.batch)
+        by_row, by_shared = torch.autograd.grad(
+            loss.sum(), [run.rows, run.shared], allow_unused=True, materialize_grads=True
         )
-        *by_level, by_shared = torch.autograd.grad(
-            loss.sum(), [*rows, shared], allow_unused=True, materialize_grads=True
-        )
-        return loss.detach(), torch.cat([g.flatten(0, 1) for g in by_level]), by_shared
+        return loss.detach(), by_row, by_shared
+
+
+def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlocks:
+    """Run the path blocks with a graph."""
+    config, (lanes, slots, _) = forest.config, forest.rows.shape
+    _, b, t = batch.inputs.shape
+    chosen = torch.cat([flat_index(path.slot, slots) for path in paths])
+    rows = forest.rows.flatten(0, 1).index_select(0, chosen).requires_grad_()
+    shared = as_leaf(forest.shared)
+    sizes = [path.slot.numel() for path in paths]
+
+    def by_level(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts = zip(*[tensor.split(sizes) for tensor in tensors.values()], strict=True)
+        return [dict(zip(tensors, part, strict=True)) for part in parts]
+
+    pieces = forest.block_layout.unpack(rows)
+    folded = by_level(vars(fold(pieces, arithmetic(config))))
+    x = embed(forest.shared_layout.unpack(shared), batch.inputs).to(arithmetic(config))[:, None]
+    ys: list[Tensor] = []
+    for path, own in zip(paths, folded, strict=True):
+        if ys:
+            x = (path.in_parent.to(x.dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
+        y = block_forward(Folded(**own), x.flatten(0, 1), config.model.heads)
+        ys.append(y.view(lanes, -1, b * t, y.shape[-1]))
+    return PathBlocks(rows, shared, by_level(pieces), ys)
+
+
+def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> tuple[Tensor, Tensor]:
+    """Places in the flattened level, and outputs [blocks, N, d], of a level's path blocks."""
+    at, valid = flat_index(path.position, index.width), path.valid.flatten()
+    return at[valid], y.detach().flatten(0, 1)[valid]
 
 
 def as_leaf(view: Tensor) -> Tensor:
@@ -122,43 +183,6 @@ def as_leaf(view: Tensor) -> Tensor:
     other threads, would then look like a change of this one.
     """
     return view.data.requires_grad_()
-
-
-def path_loss(
-    rows: list[Tensor],
-    weights: Weights,
-    frozen: Activations,
-    paths: list[PathIndex],
-    levels: list[LevelIndex],
-    batch: Batch,
-    config: Config,
-) -> Tensor:
-    """Loss per lane [L] as a function of the path blocks' rows and the shared row.
-
-    Args:
-        rows: parameters [L, R, P] of the path blocks of each level, requiring gradients.
-        weights: the shared row (requiring gradients) and the layouts; its levels are not used.
-        frozen: what the frozen forward pass left.
-        paths: from `index_paths`.
-        levels: the trees.
-        batch: the windows that `frozen` was computed on.
-        config: the configuration.
-    """
-    _, b, t = batch.inputs.shape
-    dtype = frozen.y[0].dtype
-    x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
-    ys: list[Tensor] = []
-    pieces: list[dict[str, Tensor]] = []
-    for level, path in enumerate(paths):
-        if level:
-            x = (path.in_parent.to(dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
-        own = weights.block_layout.unpack(rows[level].flatten(0, 1))
-        pieces.append(own)
-        ys.append(run_level(own, x, config))
-    mixed = ys[-1]
-    for level in range(len(paths) - 2, -1, -1):
-        mixed = _mix_level(ys, mixed, pieces, frozen, paths, levels, level, config)
-    return lane_loss(weights, mixed[:, 0], batch)
 
 
 def _mix_level(
@@ -173,7 +197,7 @@ def _mix_level(
 ) -> Tensor:
     """Mix a level's path blocks: recomputed children with a graph, the others frozen."""
     index, path, under = levels[level], paths[level], paths[level + 1]
-    lanes, rows, tokens, d = ys[level].shape
+    lanes, rows = path.position.shape
     width_below = levels[level + 1].width
 
     def at_path(values: Tensor) -> Tensor:
@@ -182,26 +206,80 @@ def _mix_level(
         return values.flatten(0, 1).index_select(0, flat).view(lanes, rows, *lead)
 
     children, exists = at_path(index.children), at_path(index.has_child)
-    ranks = children.shape[-1]
     flat = flat_index(children.flatten(1), width_below)
-    prior = frozen.prior[level + 1].flatten(0, 1).index_select(0, flat)
-    route = prior.view(lanes, rows, ranks, -1)
+
+    def of_children(values: Tensor) -> Tensor:
+        picked = values.flatten(0, 1).index_select(0, flat)
+        return picked.view(lanes, rows, -1, *values.shape[2:])
+
+    route = of_children(frozen.prior[level + 1])
     if config.model.router != "mean":
-        route = route + learned_logits(pieces[level], ys[level])[:, :, :ranks]
-    lowest = torch.finfo(route.dtype).min
-    weight = torch.softmax(route.masked_fill(~exists[..., None], lowest), dim=2)
+        route = route + learned_logits(pieces[level], ys[level])[:, :, : children.shape[-1]]
+    route = route.masked_fill(~exists[..., None], torch.finfo(route.dtype).min)
     # [L, R, K, R_below]: rank k of path row r is the path row q below.
-    same = children[..., None] == under.position[:, None, None]
-    same = (same & exists[..., None]).to(weight.dtype) * under.in_parent.transpose(1, 2)[:, :, None]
-    beside = exists & (same.sum(-1) == 0)
-    constant = frozen.m[level + 1].flatten(0, 1).index_select(0, flat)
-    constant = constant.view(lanes, rows, ranks, tokens, d)
-    out = (constant * (weight * beside[..., None]).to(below.dtype)[..., None]).sum(2)
-    # Beside the path the residual connections still carry the input on: a gradient that knows this
-    # (and takes only the frozen branches for constant) points the ancestors the right way.
-    residual = (weight * beside[..., None]).sum(2).to(below.dtype)[..., None]
-    out = out + residual.detach() * (ys[level] - ys[level].detach())
-    own_weight = torch.einsum("lrkn,lrkq->lqn", weight, same)
-    own = below * own_weight[..., None].to(below.dtype)
-    out = out + (under.in_parent.transpose(1, 2).to(own.dtype) @ own.flatten(2)).view_as(out)
-    return torch.where(at_path(index.is_leaf)[..., None, None], ys[level], out)
+    own = (children[..., None] == under.position[:, None, None]) & exists[..., None]
+    own = own & (under.in_parent.transpose(1, 2)[:, :, None] > 0)
+    out: Tensor = _PathMix.apply(
+        ys[level],
+        below,
+        route,
+        of_children(frozen.m[level + 1]),
+        exists,
+        own,
+        at_path(index.is_leaf),
+    )
+    return out
+
+
+class _PathMix(torch.autograd.Function):
+    """Average the children of path blocks, of which some are path blocks too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        below: Tensor,
+        route: Tensor,
+        values: Tensor,
+        exists: Tensor,
+        own: Tensor,
+        is_leaf: Tensor,
+    ) -> Tensor:
+        """Mix; `values` [L, R, K, N, d], the children's, take in those of `below` [L, Q, N, d]."""
+        ranks = own.shape[2]
+        weight = torch.softmax(route, dim=2)
+        if weight.shape[-1] == 1:
+            weight = weight.expand(-1, -1, -1, y.shape[2])
+        weight = weight.to(y.dtype)
+        mine = own.any(-1)
+        row = flat_index(own.long().argmax(-1).flatten(1), below.shape[1])
+        again = below.flatten(0, 1).index_select(0, row).view_as(values)
+        values = torch.where(mine[..., None, None], again, values)
+        out = values[:, :, 0] * weight[:, :, 0, :, None]
+        for k in range(1, ranks):
+            out.addcmul_(values[:, :, k], weight[:, :, k, :, None])
+        leaf = is_leaf[..., None, None]
+        ctx.save_for_backward(values, weight, route, exists, own, mine, leaf)
+        return torch.where(leaf, y, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, route, exists, own, mine, leaf = ctx.saved_tensors
+        through = grad.masked_fill(leaf, 0)
+        # Beside the path the residual connections still carry the input on: a gradient that knows
+        # this (and takes only the frozen branches for constant) points the ancestors the right way.
+        beside = (weight * (exists & ~mine)[..., None]).sum(2)
+        by_y = torch.where(leaf, grad, through * beside[..., None])
+        to_own = own.to(weight.dtype)
+        share = torch.einsum("lrkn,lrkq->lqn", weight, to_own)
+        by_below = (to_own.sum(2).transpose(1, 2) @ through.flatten(2)).unflatten(
+            2, through.shape[2:]
+        ) * share[..., None]
+        by_route = None
+        if ctx.needs_input_grad[2]:
+            by_weight = (values * through[:, :, None]).sum(-1)
+            by_route = torch._softmax_backward_data(
+                by_weight.to(route.dtype), weight.to(route.dtype), 2, route.dtype
+            )
+        return by_y, by_below, by_route, None, None, None, None

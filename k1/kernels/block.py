@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from k1.block import Folded, causal_attention
+from k1.block import Folded, fused_attention
 
 _EPS = tl.constexpr(1e-5)
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -378,7 +378,7 @@ def backward_inputs(
     else:
         qkv = kept.qkv.view(-1, time, 3 * d).detach().requires_grad_()
         with torch.enable_grad():
-            attended = causal_attention(qkv, heads)
+            attended = fused_attention(qkv, heads)
         (grad,) = torch.autograd.grad(attended, qkv, do.view(-1, time, d))
         factors.by_qkv.copy_(grad.view_as(factors.by_qkv))
     torch.bmm(factors.by_qkv, folded.qkv.transpose(1, 2), out=dn)
