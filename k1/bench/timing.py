@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,9 +122,21 @@ def counted_flops(driver: Driver, steps: int, device: torch.device) -> float:
     driver.prepare(steps)
     # The counter does not know the CPU's fused attention; it knows the products it consists of.
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with plain, FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    products = {aten.bmm: _bmm_flops, aten.baddbmm: _baddbmm_flops}
+    with plain, FlopCounterMode(display=False, custom_mapping=products) as counter:
         driver.run(steps)
     return counter.get_total_flops() / steps
+
+
+def _bmm_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of a batched product; torch's own counter fails if the result has a dtype."""
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[-1]
+
+
+def _baddbmm_flops(_: torch.Size, left: torch.Size, right: torch.Size, *__: Any, **___: Any) -> int:
+    return _bmm_flops(left, right)
 
 
 def matmul_peak(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Passes through whole trees by the kernels: all blocks forward, chosen blocks backward.
 
 The forward pass keeps, for the chosen blocks alone, what their gradients need. The backward pass is
-that of `k1.path.path_loss`, written out: down the tree through the mixing, then up the paths
+that of `k1.path.PathPass`, written out: down the tree through the mixing, then up the paths
 through the blocks. With all blocks chosen it is the full gradient.
 
 Shapes: L lanes, S rows of a lane's arena, N tokens of a batch, T of a window, d = embed, M chosen
