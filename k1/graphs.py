@@ -25,6 +25,11 @@ class StepGraphs:
         self._met: set[Hashable] = set()
         self._pool: Any = None
 
+    @property
+    def shapes(self) -> list[Hashable]:
+        """Shapes that have been recorded."""
+        return list(self._recorded)
+
     def run(self, shape: Hashable, work: Callable[[], T]) -> T:
         """Do work, which must not wait for the device, on the device."""
         if shape in self._recorded:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from k1 import edits
+from k1.engine import Engine
 from k1.forward import read_text
 from k1.trainer import Trainer
 
@@ -55,3 +57,100 @@ def test_a_path_gradient_is_the_full_gradient_of_the_leaf(make):
     found = done.gradients()[1][done.row.tolist().index(leaf)]
     expected = full[level][0, leaf - trainer.tree.offset[level]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+FUSED = {
+    "model": {"embed": 64, "feed_forward": 64, "heads": 2, "context": 16},
+    "train": {"precision": "bfloat16", "cooldown": 3},
+}
+
+
+def engine_of(make, graph=None, fused=None, lanes=1, **sections):
+    trainer = make(**FUSED).config.replace(**sections)
+    other = Trainer(trainer, make().data, seed=3, device="cuda", lanes=lanes)
+    for lane in range(1, lanes):
+        other.arena.reset_lane(lane, lane)
+    return Engine(other.arena, other.store, fused=fused, graph=graph)
+
+
+@pytest.mark.parametrize("router", ["mean", "learned", "evidence"])
+@pytest.mark.parametrize("mode", ["dense", "exact", "sparse"])
+def test_a_graph_makes_the_same_bits_as_single_launches(make, router, mode):
+    sections = {"model": {"router": router}, "update": {"mode": mode}}
+    hashes = set()
+    for graph in (False, True):
+        engine = engine_of(make, graph=graph, lanes=2, **sections)
+        assert engine.backend.fused
+        engine.train(0, 2, 12)
+        assert int(engine.arena["skipped"].sum()) == 0
+        hashes.add(engine.arena.hash_lane(0) + engine.arena.hash_lane(1))
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_a_step_never_waits_for_the_device(make, mode, fused):
+    engine = engine_of(make, graph=False, fused=fused, update={"mode": mode, "inner_steps": 2})
+    engine.train(0, 1, 6)  # compiles, and indexes the tree
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train(0, 1, 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.arena.host_step[0] == 12
+
+
+def test_a_graph_outlives_changes_of_tree_and_settings(make):
+    hashes = []
+    for graph in (False, True):
+        engine = engine_of(make, graph=graph)
+        arena = engine.arena
+        engine.train(0, 1, 12)
+        recorded = engine.graphs and set(engine.graphs.shapes)
+        leaf = max(arena.trees[0].blocks)
+        edits.delete_agent(arena, 0, leaf)
+        arena.set_hyper(0, "lr", 2e-3)
+        arena.set_hyper(0, "cooldown", 1)
+        engine.train(0, 1, 8)
+        edits.add_agent(arena, 0, arena.trees[0].blocks[leaf - 1].parent)
+        engine.train(0, 1, 8)
+        if graph:
+            assert set(engine.graphs.shapes) == recorded
+        hashes.append(arena.hash_lane(0))
+    assert hashes[0] == hashes[1]
+
+
+def test_the_kernels_gradients_are_those_of_plain_pytorch(make):
+    plain, fused = (engine_of(make, graph=False, fused=fused) for fused in (False, True))
+    found = {}
+    for name, engine in (("plain", plain), ("fused", fused)):
+        arena = engine.arena
+        batch = engine.store.sample(
+            "train", arena["data_seed"], arena["data_cursor"], arena["mix"], 4
+        )
+        text = read_text(batch, arena.config)
+        measured = torch.arange(arena.scratch + 1.0, device="cuda")[None]
+        selection = engine._select(0, 1, measured)
+        done = engine.path_pass(0, 1, batch, text, selection)
+        loss, grad, shared = done.gradients()
+        rows = dict(zip(done.row.tolist(), grad, strict=True))
+        rows.pop(arena.scratch, None)
+        found[name] = loss, rows, shared
+    assert found["plain"][1].keys() == found["fused"][1].keys()
+    torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-3, atol=0)
+    pairs = [(found["fused"][1][row], want) for row, want in found["plain"][1].items()]
+    for got, want in [*pairs, (found["fused"][2], found["plain"][2])]:
+        assert float((got - want).norm() / want.norm()) < 3e-2
+
+
+def test_untouched_blocks_keep_their_bits(make):
+    engine = engine_of(make)
+    arena = engine.arena
+    engine.train(0, 1, 9)
+    before = {name: arena[name].clone() for name in ("weight", "first", "second", "count")}
+    result = engine.step(0, 1)
+    still = result.selection.scale[0] == 0
+    assert 0 < int((~still).sum()) <= 3
+    for name, old in before.items():
+        assert torch.equal(arena[name][0, still], old[0, still]), name
+        assert not torch.equal(arena[name][0, ~still], old[0, ~still]), name

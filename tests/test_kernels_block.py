@@ -1,0 +1,128 @@
+"""The kernels that run blocks, against the plain code in float64."""
+
+import pytest
+import torch
+
+from k1.block import Folded, block_forward, block_layout, fold, initial_rows
+from k1.config import ModelConfig
+from tests.kernel_harness import ON_GPU, device
+
+# Windows, tokens in each, embed, heads, feed-forward: several windows to a program, one, and one
+# in parts; the last tokens of the first fill no program.
+SIZES = [(3, 32, 64, 4, 64), (2, 64, 64, 2, 64), (1, 128, 64, 4, 128), (1, 256, 64, 2, 64)]
+SOURCE = [1, -1, 0]
+WEIGHT = [2, 0, 1]
+
+
+def close(found, wanted, dtype):
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    assert error <= (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def draw_blocks(blocks, embed, heads, feed_forward, dtype, generator):
+    layout = block_layout(ModelConfig(embed=embed, feed_forward=feed_forward, heads=heads))
+    rows = initial_rows(layout, blocks, generator)
+    rows += torch.randn(rows.shape, generator=generator) * 0.1
+    return rows.to(device()), layout, fold(layout.unpack(rows.to(device())), dtype)
+
+
+def check_blocks(size, dtype):
+    from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+
+    windows, time, d, heads, f = size
+    generator = torch.Generator().manual_seed(time)
+    _, _, folded = draw_blocks(3, d, heads, f, dtype, generator)
+    folded = Folded(*[t.contiguous() for t in folded.tensors()])
+    tokens = windows * time
+    x = torch.randn(2, tokens, d, generator=generator).to(device(), dtype)
+    source, weight = torch.tensor(SOURCE, device=device()), torch.tensor(WEIGHT, device=device())
+    target = torch.tensor([0, 3, 1], device=device())
+    out = torch.full((4, tokens, d), 7.0, device=device(), dtype=dtype)
+
+    exact = Folded(*[t.double().requires_grad_() for t in folded.tensors()])
+    own = Folded(*[t[weight] for t in exact.tensors()])
+    inputs = x[source.clamp(min=0)].double().requires_grad_()
+    wanted = block_forward(own, inputs.view(3, windows, time, d), heads).view(3, tokens, d)
+
+    run_blocks(folded, x, source, weight, time, heads, out=out, target=target)
+    close(out[0], wanted[0], dtype)
+    assert not out[3].any()  # a dead one
+    close(out[1], wanted[2], dtype)
+    assert bool((out[2] == 7).all())  # nobody's
+
+    # Kept values go by weights: blocks 0 and 2 have weights 2 and 1.
+    kept = Kept.empty(2, tokens, d, f, x)
+    keep = torch.tensor([-1, 1, 0], device=device())
+    again = run_blocks(folded, x, source, weight, time, heads, kept, keep)
+    close(again[0], wanted[0], dtype)
+    dy = torch.randn(2, tokens, d, generator=generator).to(device(), dtype)
+    factors, dx = Factors.empty(kept), torch.empty_like(dy)
+    chosen = Folded(*[t[[2, 1]] for t in folded.tensors()])
+    backward_inputs(chosen, kept, dy, factors, dx, time, heads)
+    found = backward_weights(kept, factors, dy)
+    up = torch.zeros_like(wanted)
+    up[0], up[2] = dy[0].double(), dy[1].double()
+    by_input, *by_weight = torch.autograd.grad(wanted, [inputs, *exact.tensors()], up)
+    close(dx, by_input[[0, 2]], dtype)
+    for name, value, want in zip(vars(found), found.tensors(), by_weight, strict=True):
+        assert value.shape == want[[2, 1]].shape, name
+        close(value, want[[2, 1]], dtype)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"T{size[1]}-d{size[2]}-h{size[3]}")
+def test_blocks_forward_and_backward(interpreted, size):
+    interpreted(check_blocks, size, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, marks=ON_GPU) for size in [*SIZES, (5, 64, 128, 4, 256)]],
+    ids=lambda size: f"T{size[1]}-d{size[2]}-h{size[3]}",
+)
+def test_blocks_on_a_gpu(size):
+    check_blocks(size, torch.bfloat16)
+
+
+def check_fold(dtype):
+    from k1.kernels.fold import fold_fused
+
+    generator = torch.Generator().manual_seed(0)
+    rows, layout, _ = draw_blocks(3, 64, 2, 96, dtype, generator)
+    wanted = fold(layout.unpack(rows), dtype)
+    found = fold_fused(rows, layout, dtype)
+    for name, value, want in zip(vars(found), found.tensors(), wanted.tensors(), strict=True):
+        assert value.is_contiguous(), name
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
+
+
+def test_fold(interpreted):
+    interpreted(check_fold, torch.float32)
+
+
+def check_norm(dtype):
+    from k1.kernels.norm import norm_backward, norm_forward
+
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 37, 64, generator=generator) * 3 + 1).to(device(), dtype)
+    shared = torch.randn(2, 200, generator=generator).to(device())
+    gain, shift = shared[:, 10:74], shared[:, 100:164]
+    h, normed, inverse = norm_forward(x, gain, shift)
+    leaves = [value.double().requires_grad_() for value in (x, gain, shift)]
+    wanted = torch.nn.functional.layer_norm(leaves[0], (64,)) * leaves[1][:, None]
+    wanted = wanted + leaves[2][:, None]
+    close(h, wanted.detach(), dtype)
+    dh = torch.randn(2, 37, 64, generator=generator).to(device(), dtype)
+    dx = torch.empty_like(x)
+    by_gain, by_shift = norm_backward(dh, normed, inverse, gain, 0.25, dx)
+    by_leaf = torch.autograd.grad(wanted, leaves, dh.double() * 0.25)
+    for value, want in zip((dx, by_gain, by_shift), by_leaf, strict=True):
+        close(value, want, dtype)
+
+
+def test_final_norm(interpreted):
+    interpreted(check_norm, torch.float32)
+
+
+@pytest.mark.parametrize("check", [pytest.param(c, marks=ON_GPU) for c in (check_norm,)])
+def test_final_norm_on_a_gpu(check):
+    check(torch.bfloat16)
