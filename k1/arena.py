@@ -68,6 +68,8 @@ class Arena:
         capacity = config.model.level_capacity
         self.trees = [Topology(capacity, config.model.max_children) for _ in range(lanes)]
         self.scratch = sum(capacity)
+        # Indices that keep their shapes and addresses when a tree changes, for recorded steps.
+        self.fixed_room = self.device.type == "cuda"
         # What the host has to know without asking the device: kept in step by the methods below.
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
@@ -170,10 +172,10 @@ class Arena:
         """Return the level index of lanes start..stop."""
         if (start, stop) not in self._index:
             trees = self.trees[start:stop]
-            if self.device.type == "cpu":
-                levels = index_levels(trees, self.device)
-            else:
+            if self.fixed_room:
                 levels = self._index_in_place(start, stop, trees)
+            else:
+                levels = index_levels(trees, self.device)
             self._index[start, stop] = levels
         return self._index[start, stop]
 

@@ -12,11 +12,9 @@ from k1.trainer import Trainer
 # Router, top_k, mode and inner steps.
 CASES = [
     ("evidence", 3, "sparse", 1),
-    ("evidence", 6, "sparse", 3),
     ("mean", 5, "sparse", 1),
-    ("learned", 5, "sparse", 2),
+    ("learned", 6, "sparse", 2),
     ("learned", 2, "dense", 1),
-    ("evidence", 2, "dense", 1),
 ]
 
 
@@ -24,7 +22,7 @@ def config_of(base: Config, router: str, top_k: int, mode: str, inner: int) -> C
     return base.replace(
         model={"router": router, "branching": (2, 2), "embed": 64, "feed_forward": 64, "heads": 2,
                "context": 16},
-        train={"batch": 4, "top_k": top_k},
+        train={"batch": 2, "top_k": top_k},
         update={"mode": mode, "inner_steps": inner},
     )  # fmt: skip
 
@@ -35,6 +33,7 @@ def build(config: Config, data: TextData, fused: bool) -> Engine:
     trainer.arena.reset_lane(1, 7)
     for block in (3, 2):
         edits.delete_agent(trainer.arena, 1, trainer.arena.trees[1].slot_of(block))
+    trainer.arena.fixed_room = fused  # as on a GPU
     return Engine(trainer.arena, trainer.store, lane_chunk=2, fused=fused)
 
 
@@ -42,9 +41,12 @@ def check_steps(config: Config, data: TextData) -> None:
     torch.set_num_threads(1)
     plain, fused = (build(config, data, fused) for fused in (False, True))
     assert fused.backend.fused and not plain.backend.fused
-    for _ in range(5):
-        for engine in (plain, fused):
+    for engine in (plain, fused):
+        for _ in range(2):
             engine.step(0, 2)
+        parent = engine.arena.trees[0].slot_of(1)
+        edits.add_agent(engine.arena, 0, parent)  # what was made room for is not enough any more
+        engine.step(0, 2)
     for name, wanted in plain.arena.state.items():
         found = fused.arena[name]
         if wanted.dtype.is_floating_point:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from k1 import edits
 from k1.arena import Arena
 from k1.engine import Engine
 from k1.errors import CheckpointError
+from k1.topology import Extent, index_levels
 from k1.trainer import Trainer
 from tests.reference import make_ragged, same_bits, shake, small_config
 
@@ -236,3 +238,49 @@ def test_training_lowers_the_bits_per_byte(make):
     assert set(end) == {"alpha", "beta", "gamma"}
     assert all(end[d] < 0.7 * start[d] and end[d] > 1.0 for d in end)
     assert trainer.evaluate() == end
+
+
+def addresses(levels):
+    values = [value for index in levels for value in vars(index).values()]
+    return [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
+
+
+def test_an_index_stays_in_place_while_the_tree_fits(make):
+    """A recorded step keeps addresses: a change of the tree must arrive there."""
+    trainer = make(lanes=2)
+    arena = trainer.arena
+    arena.reset_lane(1, 5)
+    arena.fixed_room = True
+    first, leaves = arena.index(0, 2), arena.leaves(0, 2)
+    where = addresses(first)
+    leaf = max(arena.trees[1].blocks)
+    edits.delete_agent(arena, 1, leaf)
+    again = arena.index(0, 2)
+    assert again is first and addresses(again) == where
+    assert arena.leaves(0, 2) is leaves
+    fresh = index_levels(arena.trees[0:2], arena.device, Extent.of(arena.trees[0:2]))
+    for old, new in zip(again, fresh, strict=True):
+        assert torch.equal(old.alive, new.alive) and torch.equal(old.children, new.children)
+    assert not bool(leaves.is_leaf[1, leaf])
+    # It outgrows the room, and comes back to what is then up to date again.
+    new = edits.add_agent(arena, 0, 0)
+    assert arena.index(0, 2)[1].width == arena.config.model.level_capacity[1]
+    edits.delete_agent(arena, 0, new)
+    assert arena.index(0, 2) is first
+    assert addresses(first) == where
+    assert torch.equal(first[1].alive, fresh[1].alive)
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact", "sparse"])
+def test_room_to_spare_changes_nothing(make, mode):
+    found = []
+    for fixed in (False, True):
+        trainer = make(lanes=2, update={"mode": mode})
+        trainer.arena.reset_lane(1, 5)
+        trainer.arena.fixed_room = fixed
+        trainer.train(2)
+        edits.add_agent(trainer.arena, 0, 0)
+        trainer.engine.train(0, 2, 3)
+        found.append(trainer.arena)
+    for name, wanted in found[0].state.items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
