@@ -77,15 +77,14 @@ def count_text(
         if kernels:
             from k1.kernels.evidence import add_counts_fused
 
-            # Not a product: a share may be NaN in a step that is skipped.
-            share = torch.where(on[..., None], share.detach(), 0.0)
-            slots = slots.expand(stop - start, -1)
-            add_counts_fused(counts, slots, share, text.bigram, text.context, text.valid, ev)
+            where = torch.where(on, slots, -1)
+            add_counts_fused(counts, where, share, text.bigram, text.context, text.valid, ev)
             continue
         most = max(1, int(on.sum(1).max()))
         order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
         valid = on.gather(1, order)
         picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
+        # Not a product: a share may be NaN in a step that is skipped.
         picked = torch.where(valid[..., None], picked, 0.0)
         where = torch.where(valid, slots[order], a.scratch)
         add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)

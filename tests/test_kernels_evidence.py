@@ -117,11 +117,15 @@ def check_counts(windows):
     case = Case(0, 16, windows)
     slots, share = shares(case)
     args = case.text.bigram, case.text.context, case.text.valid, CONFIG
-    expected, found, before = case.counts.clone(), case.counts.clone(), case.counts
+    expected, found, before = (case.counts.clone() for _ in range(3))
     add_counts(expected, slots, share, *args)
     add_counts_fused(found, slots, share, *args)
     assert torch.equal(found, expected) and not torch.equal(found, before)
     assert torch.equal(found[:, -1], before[:, -1])
+    # A block that counts nothing may have any share.
+    share[:, 0] = torch.nan
+    add_counts_fused(before, torch.full_like(slots, -1), share, *args)
+    assert torch.equal(before, case.counts) and not torch.equal(before, found)
 
 
 def check_counts_in_a_view():

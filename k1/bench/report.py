@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,13 @@ def remarks(case: Result) -> list[str]:
             if sparse["peak_bytes"] and other["peak_bytes"]:
                 text += f", with {sparse['peak_bytes'] / other['peak_bytes']:.2f}x its peak memory"
             lines.append(text + ".")
+    graphs = case["variants"].get("stock-graphs", {})
+    if best_stock(case) and sparse.get("kernels") and graphs.get("status") != "ok":
+        lines.append(
+            "`stock-graphs` was not measured. Without it the host launches each kernel of the "
+            "ordinary modules, which may be what bounds them: the ratio to them says nothing of "
+            "the best that PyTorch can do."
+        )
     if case["attribution_overhead"] is not None:
         share = 100 * case["attribution_overhead"]
         lines.append(f"Attribution takes {share:.1f} % of the `sparse` step.")
@@ -235,7 +243,8 @@ def markdown(results: list[Result]) -> str:
     for result in results:
         device, versions = result["device"], result["versions"]
         parts.append(f"## {device['name']}\n")
-        parts.append(f"```bash\n{result['command']}\n```\n")
+        command = re.sub(r"--json \S+", "--json FILE", result["command"])
+        parts.append(f"```bash\n{command}\n```\n")
         shown = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
         threads = f", {device['threads']} thread(s)" if "threads" in device else ""
         parts.append(

@@ -167,8 +167,8 @@ def _attention_backward(
     T: tl.constexpr, D: tl.constexpr, HD: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence."""
-    t, hd = tl.arange(0, T), tl.program_id(0) * HD + tl.arange(0, HD)
-    row = tl.program_id(1).to(tl.int64) * T + t
+    t, hd = tl.arange(0, T), tl.program_id(1) * HD + tl.arange(0, HD)
+    row = tl.program_id(0).to(tl.int64) * T + t
     wide = row[:, None] * (3 * D) + hd[None, :]
     narrow = row[:, None] * D + hd[None, :]
     q, k = tl.load(qkv_ptr + wide), tl.load(qkv_ptr + wide + D)
@@ -371,7 +371,7 @@ def backward_inputs(
     through_norm(dn, kept.normed_2, kept.inverse_2, dy, factors.by_middle)
     do = torch.bmm(factors.by_middle, folded.out.transpose(1, 2))
     if time <= _LONGEST_BACKWARD:
-        _attention_backward[(heads, rows // time)](
+        _attention_backward[(rows // time, heads)](
             kept.qkv, kept.attended, do, factors.by_qkv, (d // heads) ** -0.5,
             T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
         )  # fmt: skip

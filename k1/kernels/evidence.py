@@ -167,6 +167,9 @@ def _add_counts(
     program = tl.program_id(0)
     row = (program // token_blocks).to(tl.int64)
     lane = row // picked
+    slot = tl.load(slots + row)
+    if slot < 0:
+        return
     n = (program % token_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     inside = n < tokens
     at = share + lane * share_lane + (row % picked) * share_picked + n * share_token
@@ -177,7 +180,7 @@ def _add_counts(
     weight += ((rest > 0.5) | ((rest == 0.5) & (weight % 2 == 1))).to(tl.int64)
     known = tl.load(valid + lane * tokens + n, mask=inside, other=0) != 0
     counted = inside & known & (weight > 0)
-    table = counts + lane * counts_lane + tl.load(slots + row) * counts_slot + AGE * counts_age
+    table = counts + lane * counts_lane + slot * counts_slot + AGE * counts_age
     pair = tl.load(bigram + lane * tokens + n, mask=counted, other=0)
     before = tl.load(context + lane * tokens + n, mask=counted, other=0)
     # Integers: the order of addition changes nothing.
@@ -200,7 +203,8 @@ def add_counts_fused(
 
     Args:
         counts: int64 [L, S, 3, buckets + context_buckets].
-        slots: int64 [L, P]. Where the share is 0 (the scratch slot) nothing is touched.
+        slots: int64 [L, P]; -1 for a block that counts nothing, whatever its share. Where the
+            share is 0 (the scratch slot) nothing is touched.
         share: float32 [L, P, N]: routing weight of each block at each token, not negative.
         bigram: int64 [L, B, T].
         context: int64 [L, B, T].
