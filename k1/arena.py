@@ -133,7 +133,7 @@ class Arena:
         self[name][lane] = value
         if name == "top_k":
             self.host_top_k[lane] = int(value)
-            self._forget(lane)
+            self._forget(lane, self._leaves)
 
     def get_hyper(self, lane: int) -> dict[str, float]:
         """Read the hyper-parameters of a lane."""
@@ -156,9 +156,9 @@ class Arena:
         self.trees[lane] = tree
         self._forget(lane)
 
-    def _forget(self, lane: int) -> None:
-        """Drop what was derived from a lane's tree and `top_k`."""
-        for cache in (self._index, self._leaves):
+    def _forget(self, lane: int, *caches: dict[tuple[int, int], Any]) -> None:
+        """Drop what was derived from a lane's tree and `top_k`, from some caches or from all."""
+        for cache in caches or (self._index, self._leaves):
             for start, stop in [key for key in cache if key[0] <= lane < key[1]]:
                 del cache[start, stop]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
 import torch
 
 from k1.block import Folded, block_forward, block_layout, fold, initial_rows
-from k1.config import Config
+from k1.config import Config, ModelConfig
 from k1.errors import ConfigError
 from k1.kernels import AVAILABLE
 
@@ -48,12 +49,14 @@ def choose_backend(config: Config, device: torch.device, fused: bool | None = No
         return Backend(True, True, "fused kernels (asked for)")
     if fused and reason:
         raise ConfigError(f"the fused kernels do not fit: {reason}")
-    reason = reason or _wrong(config, device)
-    if reason:
-        backend = Backend(False, small, f"PyTorch ({reason})")
+    wrong = None if reason else _wrong(config.model, device)
+    if fused and wrong:
+        raise ConfigError(f"the fused kernels cannot be used: {wrong}")
+    if reason or wrong:
+        backend = Backend(False, small, f"PyTorch ({reason or wrong})")
     else:
         backend = Backend(True, True, "fused kernels")
-    _LOG.info("blocks run by %s", backend.reason)
+    _LOG.log(logging.WARNING if wrong else logging.INFO, "blocks run by %s", backend.reason)
     return backend
 
 
@@ -70,11 +73,12 @@ def _why_not(config: Config, device: torch.device) -> str | None:
     return why_not(m.embed, m.feed_forward, m.heads, m.context)
 
 
-def _wrong(config: Config, device: torch.device) -> str | None:
+@functools.cache
+def _wrong(m: ModelConfig, device: torch.device) -> str | None:
     """Run the kernels once beside PyTorch: a compiler can be wrong for one size and not another."""
     from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
 
-    m, windows = config.model, 3
+    windows = 3
     generator = torch.Generator().manual_seed(0)
     rows = initial_rows(block_layout(m), 2, generator)
     rows += torch.randn(rows.shape, generator=generator) * 0.05  # no piece is zero
@@ -96,6 +100,6 @@ def _wrong(config: Config, device: torch.device) -> str | None:
     backward_inputs(folded, kept, dy, factors, dx, *sizes)
     found = plain, y, dx, *backward_weights(kept, factors, dy).tensors()
     pairs = zip(found, (want, want, *wanted), strict=True)
-    error = max(float((got - w.detach()).norm() / w.detach().norm()) for got, w in pairs)
-    # Written so that NaN counts as wrong.
-    return None if error <= _TOLERANCE else f"a kernel is off by {error:.1e} on this device"
+    errors = [float((got - w.detach()).norm() / w.detach().norm()) for got, w in pairs]
+    wrong = [error for error in errors if not error <= _TOLERANCE]  # NaN is wrong too
+    return f"a kernel is off by {wrong[0]:.1e} on this device" if wrong else None

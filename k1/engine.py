@@ -71,7 +71,8 @@ class Engine:
         self.chunk = lane_chunk or (arena.lanes if on_gpu else 2)
         self.backend = choose_backend(arena.config, arena.device, fused)
         self._side, self._forward_side, self._inner_side = (Side(arena.device) for _ in range(3))
-        self.graphs = StepGraphs() if (on_gpu if graph is None else graph) else None
+        recorded = on_gpu and self.backend.kernels if graph is None else graph
+        self.graphs = StepGraphs() if recorded else None
 
     def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
         """Do work on lanes start..stop, chunk by chunk.
@@ -136,7 +137,8 @@ class Engine:
             result = work()
         else:
             shape = tuple((i.width, i.children.shape[-1]) for i in a.index(start, stop))
-            result = self.graphs.run((start, stop, due, shape, a.leaves(start, stop).most), work)
+            most = a.leaves(start, stop).most
+            result = self.graphs.run((self.mode, start, stop, due, shape, most), work)
         for lane in range(start, stop):
             a.host_step[lane] += 1
         return result
@@ -156,8 +158,6 @@ class Engine:
             result = self._full(start, stop, batch, text)
         records.record(self.arena, start, stop, result, self.backend.kernels)
         return result
-
-    # -- the three modes -------------------------------------------------------------------------
 
     def gradients(
         self, start: int, stop: int, batch: Batch, text: Text
@@ -274,27 +274,26 @@ class Engine:
         """
         config = self.arena.config
         done = self.path_pass(start, stop, batch, text, selection, forward)
-        all_fine = torch.ones(stop - start, dtype=torch.bool, device=self.arena.device)
+        fine = torch.ones(stop - start, dtype=torch.bool, device=self.arena.device)
         first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
-            last = turn == config.update.inner_steps - 1
             loss, grad, shared_grad = done.gradients()
-            scale = selection.scale if last else records.culprits_alone(selection)
-            norms = torch.linalg.vector_norm(grad, dim=-1)
-            moving = scale.flatten()[done.row] > 0
-            squares = self._by_lane(
-                done.row, torch.where(moving, norms, 0.0).square(), stop - start
-            )
-            factor, fine = self._clip(start, stop, squares, shared_grad if last else None)
-            self._update(start, stop, done.row, grad, scale, factor, fine)
-            if last:
-                self._update_shared(start, stop, shared_grad, factor, fine)
             first_loss = loss if first_loss is None else first_loss
-            all_fine = all_fine & fine
+            squares, scale = torch.linalg.vector_norm(grad, dim=-1).square(), selection.scale
+            all_squares = self._by_lane(done.row, squares, scale)
+            factor, finite = self._clip(start, stop, all_squares, shared_grad)
+            fine = fine & finite
+            if turn == config.update.inner_steps - 1:
+                self._update_shared(start, stop, shared_grad, factor, fine)
+            else:
+                scale = records.culprits_alone(selection)
+                own_squares = self._by_lane(done.row, squares, scale)
+                factor = clip_factor(own_squares, config.optimizer.clip)
+            self._update(start, stop, done.row, grad, scale, factor, fine)
         assert first_loss is not None
         if config.model.router == "evidence":
-            self._count(start, stop, selection, done.values, text, all_fine)
-        return StepResult(first_loss, selection, ~all_fine)
+            self._count(start, stop, selection, done.values, text, fine)
+        return StepResult(first_loss, selection, ~fine)
 
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
         a, update = self.arena, self.arena.config.update
@@ -317,10 +316,10 @@ class Engine:
         return select(measured, last, step, uniform, a.leaves(start, stop), rules)
 
     def _clip(
-        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor | None
+        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Clip factor [L] and whether all gradients that matter are finite [L]."""
-        if shared_grad is not None and self.arena.config.update.shared_scale > 0:
+        if self.arena.config.update.shared_scale > 0:
             squares = squares + shared_grad.square().sum(1)
         return clip_factor(squares, self.arena.config.optimizer.clip), torch.isfinite(squares)
 
@@ -330,11 +329,13 @@ class Engine:
         rise = ((a["step"][start:stop] + 1) / max(1, warmup)).clamp(max=1.0)
         return a["lr"][start:stop] * a["lr_factor"][start:stop] * rise
 
-    def _by_lane(self, row: Tensor, values: Tensor, lanes: int) -> Tensor:
-        """Sum values [M] of arena rows by lane: [L]."""
-        lane = row // (self.arena.scratch + 1)
-        own = lane == torch.arange(lanes, device=row.device)[:, None]
-        return torch.where(own, values, 0.0).sum(1)  # no product: one lane's NaN is its own
+    def _by_lane(self, row: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        """Sum values [M] of those arena rows that have a displacement [L, S], by lane: [L]."""
+        own = (
+            row // (self.arena.scratch + 1) == torch.arange(len(scale), device=row.device)[:, None]
+        )
+        # No products: one lane's NaN is its own.
+        return torch.where(own & (scale.flatten()[row] > 0), values, 0.0).sum(1)
 
     def _update(
         self,
@@ -406,8 +407,6 @@ class Engine:
         """Add the batch's bigrams to the updated blocks, by their share of the routing."""
         kernels = self.backend.kernels
         records.count_text(self.arena, start, stop, selection, done, text, fine, kernels)
-
-    # -- evaluation ------------------------------------------------------------------------------
 
     def bits_per_byte(self, start: int, stop: int, batch: Batch) -> Tensor:
         """Bits per byte of lanes start..stop on a batch [L or 1, B, T]: float64 [L]."""

@@ -16,7 +16,8 @@ class StepGraphs:
 
     The first step of a shape runs as it is, which compiles and allocates what it needs; the second
     is recorded and from then on replayed. What varies between steps of a shape has to be in tensors
-    that keep their addresses. A step's result is overwritten by the next one.
+    that keep their addresses. All graphs share memory, so a result lasts until the next step of any
+    shape. Graphs are kept for good: there are as many as shapes that were met.
     """
 
     def __init__(self) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k1.kernels import AVAILABLE
+
 # Large chunks make efficient products (on an H200, 3 chunks of 16,384 x 10,000 logits took 0.50 ms
 # and 16 took 1.04), small ones save memory.
 _CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 8 * 2**20}
@@ -158,7 +160,7 @@ def _losses(
     Returns:
         [lanes, n, V] of the dtype of `hidden`.
     """
-    if hidden.is_cuda:
+    if hidden.is_cuda and AVAILABLE:
         from k1.kernels.softmax import cross_entropy_rows
 
         logits = torch.bmm(hidden, head)

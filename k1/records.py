@@ -24,7 +24,8 @@ class StepResult:
     """float32 [L]: nats per token before the update."""
     selection: Selection
     skipped: Tensor
-    """bool [L]: a gradient was not finite, so nothing was updated."""
+    """bool [L]: a gradient was not finite, so nothing was updated (but what inner steps had updated
+    before)."""
 
 
 @dataclass(frozen=True)

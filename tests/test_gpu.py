@@ -143,6 +143,27 @@ def test_the_kernels_gradients_are_those_of_plain_pytorch(make):
         assert float((got - want).norm() / want.norm()) < 3e-2
 
 
+def test_a_change_of_mode_reaches_recorded_steps(make):
+    hashes = []
+    for graph in (False, True):
+        engine = engine_of(make, graph=graph)
+        for mode in ("dense", "sparse", "dense"):
+            engine.mode = mode
+            engine.train(0, 1, 9)
+        hashes.append(engine.arena.hash_lane(0))
+    assert hashes[0] == hashes[1]
+
+
+def test_inner_steps_and_overlapping_lanes_under_graphs(make):
+    hashes = []
+    for graph in (False, True):
+        engine = engine_of(make, graph=graph, lanes=3, update={"inner_steps": 3})
+        for start, stop in ((0, 1), (0, 3), (1, 3), (0, 1), (0, 3)):
+            engine.train(start, stop, 6)
+        hashes.append([engine.arena.hash_lane(lane) for lane in range(3)])
+    assert hashes[0] == hashes[1]
+
+
 def test_untouched_blocks_keep_their_bits(make):
     engine = engine_of(make)
     arena = engine.arena

@@ -284,3 +284,70 @@ def test_room_to_spare_changes_nothing(make, mode):
         found.append(trainer.arena)
     for name, wanted in found[0].state.items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Shapes:
+    """Stands in for recorded graphs: remembers what a step would be recorded as."""
+
+    def __init__(self):
+        self.met = []
+
+    def run(self, shape, work):
+        self.met.append(shape)
+        return work()
+
+
+def test_whatever_a_recording_would_freeze_is_in_its_shape(make):
+    trainer = make(lanes=2, update={"attribution_every": 2})
+    engine, arena = trainer.engine, trainer.arena
+    arena.reset_lane(1, 5)
+    arena.fixed_room = True
+    engine.graphs = seen = Shapes()
+
+    def shapes(steps=2, start=0, stop=1):
+        seen.met.clear()
+        for _ in range(steps):
+            engine.step(start, stop)
+        return set(seen.met)
+
+    sparse = shapes()
+    assert len(sparse) == 2  # with and without a probe
+    assert shapes() == sparse
+    edits.delete_agent(arena, 0, max(arena.trees[0].blocks))
+    arena.set_hyper(0, "lr", 1e-4)
+    assert shapes() == sparse
+    engine.mode = "dense"
+    assert not shapes() & sparse
+    engine.mode = "sparse"
+    assert not shapes(start=0, stop=2) & sparse
+    arena.set_hyper(0, "top_k", 5)  # more rows of path blocks
+    assert not shapes() & sparse
+    arena.set_hyper(0, "top_k", arena.config.train.top_k)
+    assert shapes() == sparse
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_one_gradient_that_is_not_finite_skips_every_inner_step(make, inner_steps):
+    trainer = make(update={"inner_steps": inner_steps})
+    engine, arena = trainer.engine, trainer.arena
+    trainer.train(2)
+    run = engine.path_pass
+
+    def poisoned(*args):
+        done = run(*args)
+        gradients = done.gradients
+
+        def without_shared():
+            loss, grad, shared = gradients()
+            return loss, grad, shared * torch.nan
+
+        done.gradients = without_shared
+        return done
+
+    engine.path_pass = poisoned
+    names = ("weight", "first", "second", "count", "shared", "evidence", "updates", "visits")
+    before = {name: arena[name].clone() for name in names}
+    engine.step(0, 1)
+    assert int(arena["skipped"][0]) == 1
+    for name, old in before.items():
+        assert torch.equal(arena[name], old), name

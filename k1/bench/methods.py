@@ -143,10 +143,9 @@ class CoordinateEngine(Engine):
         return result
 
     def _clip(
-        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor | None
+        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if shared_grad is not None:
-            shared_grad = shared_grad * self.shared_on[start:stop, None]
+        shared_grad = torch.where(self.shared_on[start:stop, None], shared_grad, 0.0)
         return super()._clip(start, stop, squares, shared_grad)
 
     def _update_shared(

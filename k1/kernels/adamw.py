@@ -60,6 +60,7 @@ def _move_rows(
     factor,
     corrections,
     size,
+    parts,
     slot_stride,
     grad_stride,
     BETA1: tl.constexpr,
@@ -68,8 +69,8 @@ def _move_rows(
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // parts
+    at = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     mask = (at < size) & (tl.load(on + row) != 0)
     here = tl.load(slots + row) * slot_stride + at
     there = row.to(tl.int64) * grad_stride + at
@@ -128,8 +129,9 @@ def adamw_rows(
     corrections = torch.empty(rows, 2, dtype=torch.float32, device=weight.device)
     betas = {"BETA1": config.beta1, "BETA2": config.beta2}
     _count_steps[(rows,)](count, row, on, corrections, **betas, num_warps=1)
-    _move_rows[(rows, triton.cdiv(size, _BLOCK))](
+    parts = triton.cdiv(size, _BLOCK)
+    _move_rows[(rows * parts,)](
         weight, first, second, row, grad, rate, on, factor, corrections,
-        size, weight.stride(0), grad.stride(0),
+        size, parts, weight.stride(0), grad.stride(0),
         **betas, EPS=config.eps, DECAY=config.weight_decay, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip

@@ -129,7 +129,12 @@ class TreePass:
                                                       device=row.device))  # fmt: skip
         source = source.scatter(0, index, torch.cat([i.source for i in levels]))
         here = torch.arange(len(row), device=row.device)
-        target = place[row] if store else torch.full_like(row, -1)
+        target = torch.full_like(row, -1)
+        if store:
+            # Leaves alone: what others read in this launch has to stay as it is.
+            leaf = torch.zeros_like(place, dtype=torch.bool)
+            leaf = leaf.scatter(0, index, torch.cat([i.is_leaf.flatten() for i in levels]))
+            target = torch.where(leaf[row], place[row], target)
         self._run(self._weights, source[row], here, self._flow, target, self._kept, here)
 
     def _mix_up(
