@@ -342,14 +342,18 @@ def test_the_command_line_measures_and_writes(tmp_path: Path):
         assert measured["ratio"] == pytest.approx(
             measured["median_ms"] / case["variants"]["sparse"]["median_ms"]
         )
-        # The counter takes attention in full, the formula only its causal half.
-        assert 1 <= measured["flops_counted"] / measured["flops_formula"] < 1.6, name
+        # The counter takes attention in full, the formula only its causal half; and the formula
+        # lets path blocks run twice, which a CPU spares.
+        assert 0.75 <= measured["flops_counted"] / measured["flops_formula"] < 1.6, name
     assert case["agreement"]["batches"] == 2
     assert case["backward_ms"]["sparse"] is not None
 
     again = call(BENCHMARK, "--from", str(out), "--markdown", str(page))
     assert again.returncode == 0, again.stderr
-    assert "`frozen-forward`" in page.read_text() and found["command"] in page.read_text()
+    # Whose folder the file lay in is nobody's business.
+    command = found["command"].replace(str(out), "FILE")
+    assert "`frozen-forward`" in page.read_text() and command in page.read_text()
+    assert str(out) not in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,7 @@ def counted_flops(driver: Driver, steps: int, device: torch.device) -> float:
     driver.prepare(steps)
     # The counter does not know the CPU's fused attention; it knows the products it consists of.
     plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    aten = torch.ops.aten
-    products = {aten.bmm: _bmm_flops, aten.baddbmm: _baddbmm_flops}
-    with plain, FlopCounterMode(display=False, custom_mapping=products) as counter:
+    with plain, FlopCounterMode(display=False, custom_mapping=PRODUCTS) as counter:
         driver.run(steps)
     return counter.get_total_flops() / steps
 
@@ -137,6 +135,15 @@ def _bmm_flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
 
 def _baddbmm_flops(_: torch.Size, left: torch.Size, right: torch.Size, *__: Any, **___: Any) -> int:
     return _bmm_flops(left, right)
+
+
+_ATEN = torch.ops.aten
+PRODUCTS: dict[Any, Any] = {
+    _ATEN.bmm: _bmm_flops,
+    _ATEN.baddbmm: _baddbmm_flops,
+    _ATEN.baddbmm_: _baddbmm_flops,
+}
+"""Operations that torch's own counter does not know, or not in all their forms."""
 
 
 def matmul_peak(device: torch.device) -> float:
