@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -300,6 +301,8 @@ def test_ctrl_c_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(RUN, "--run-dir", run, "--resume", "--json"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
+        # A shell that starts the tests in the background makes all below it ignore Ctrl-C.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
