@@ -47,15 +47,14 @@ def remember(
     arena: Arena, start: int, stop: int, measured: Tensor, due: Tensor | None = None
 ) -> None:
     """Store responsibilities (of the lanes that are due, bool [L])."""
-    a = arena
-    last, mean = a["responsibility"][start:stop], a["mean_responsibility"][start:stop]
+    last, mean = arena["responsibility"][start:stop], arena["mean_responsibility"][start:stop]
     running = torch.where(mean == 0, measured, mean * _MEMORY + measured * (1 - _MEMORY))
     if due is not None:
         measured = torch.where(due[:, None], measured, last)
         running = torch.where(due[:, None], running, mean)
     finite = torch.isfinite(measured).all(1, keepdim=True)
-    a["responsibility"][start:stop] = torch.where(finite, measured, last)
-    a["mean_responsibility"][start:stop] = torch.where(finite, running, mean)
+    arena["responsibility"][start:stop] = torch.where(finite, measured, last)
+    arena["mean_responsibility"][start:stop] = torch.where(finite, running, mean)
 
 
 def count_text(
@@ -69,11 +68,10 @@ def count_text(
     kernels: bool,
 ) -> None:
     """Add the batch's bigrams to the updated blocks, by their share of the routing."""
-    a = arena
-    counts, ev = a["evidence"][start:stop], a.config.evidence
+    counts, ev = arena["evidence"][start:stop], arena.config.evidence
     moved = (selection.scale > 0) & fine[:, None]
-    for index, share in zip(a.index(start, stop)[1:], done.share[1:], strict=True):
-        slots = torch.arange(index.offset, index.offset + index.width, device=a.device)
+    for index, share in zip(arena.index(start, stop)[1:], done.share[1:], strict=True):
+        slots = torch.arange(index.offset, index.offset + index.width, device=arena.device)
         on = moved[:, index.offset : index.offset + index.width]
         if kernels:
             from k1.kernels.evidence import add_counts_fused
@@ -87,7 +85,7 @@ def count_text(
         picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
         # Not a product: a share may be NaN in a step that is skipped.
         picked = torch.where(valid[..., None], picked, 0.0)
-        where = torch.where(valid, slots[order], a.scratch)
+        where = torch.where(valid, slots[order], arena.scratch)
         add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from k1.checkpoint import load_checkpoint, save_checkpoint
 from k1.errors import K1Error
+from k1.topology import Topology
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT_FILES = ("tensors.safetensors", "state.json", "manifest.json")
@@ -73,3 +74,16 @@ def write_two_domains(folder: Path) -> Path:
             )
             (folder / domain / f"{split}.txt").write_text("\n\n".join(documents))
     return folder
+
+
+def random_tree(generator: torch.Generator, grow: int) -> Topology:
+    """Grow a tree of at most 14 blocks on four levels, with holes."""
+    tree = Topology((1, 4, 6, 4), 3)
+    for i in range(grow):
+        blocks = sorted(tree.blocks)
+        pick = blocks[int(torch.randint(len(blocks), (), generator=generator))]
+        if i % 5 == 4 and pick and len(blocks) > 4:
+            tree.remove(pick)
+        elif tree.why_not_add(pick) is None:
+            tree.insert(pick)
+    return tree

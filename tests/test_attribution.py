@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from k1.attribution import NEVER, SelectionRules, index_leaves, responsibilities, select_paths
 from k1.forward import read_text
 from k1.topology import Topology
+from tests.helpers import random_tree
 from tests.reference import Reference, make_ragged, next_batch, shake
 
 SCALES, ROOT_SCALE = (1.0, 0.15, 0.05), 0.07
@@ -56,20 +57,6 @@ def drill_down(
     return scale, culprits
 
 
-def random_tree(seed, grow):
-    """A tree of at most 14 blocks on four levels, with holes."""
-    tree = Topology((1, 4, 6, 4), 3)
-    g = torch.Generator().manual_seed(seed)
-    for i in range(grow):
-        blocks = sorted(tree.blocks)
-        pick = blocks[int(torch.randint(len(blocks), (), generator=g))]
-        if i % 5 == 4 and pick and len(blocks) > 4:
-            tree.remove(pick)
-        elif tree.why_not_add(pick) is None:
-            tree.insert(pick)
-    return tree, g
-
-
 def run_select(tree, responsibility, last, step, top_k, cooldown, min_share, picks, uniform=None,
                exploration=0.0):  # fmt: skip
     slots = tree.slots + 1
@@ -97,7 +84,8 @@ def run_select(tree, responsibility, last, step, top_k, cooldown, min_share, pic
 )
 @example(seed=1, grow=20, top_k=2, cooldown=0, min_share=0.0, picks=14)
 def test_select_paths_is_the_plain_drill_down(seed, grow, top_k, cooldown, min_share, picks):
-    tree, g = random_tree(seed, grow)
+    g = torch.Generator().manual_seed(seed)
+    tree = random_tree(g, grow)
     slots = tree.slots + 1
     responsibility = ((torch.randperm(slots, generator=g) + 1) / slots).tolist()
     step = 40
@@ -120,7 +108,8 @@ def test_select_paths_is_the_plain_drill_down(seed, grow, top_k, cooldown, min_s
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(4, 24), st.integers(1, 10))
 def test_exploration_drills_down_by_the_random_scores(seed, grow, top_k):
-    tree, g = random_tree(seed, grow)
+    g = torch.Generator().manual_seed(seed)
+    tree = random_tree(g, grow)
     slots = tree.slots + 1
     measured = torch.rand(slots, generator=g).tolist()
     uniform = torch.rand(1, 1 + slots, generator=g)

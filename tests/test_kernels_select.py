@@ -5,23 +5,10 @@ import torch
 
 from k1.attribution import NEVER, SelectionRules, index_leaves, select_paths
 from k1.rng import random_bits
-from k1.topology import Topology
+from tests.helpers import random_tree
 from tests.kernel_harness import device
 
 SCALES = (1.0, 0.15, 0.05)
-
-
-def random_tree(generator, grow):
-    """A tree on four levels, with holes."""
-    tree = Topology((1, 4, 6, 4), 3)
-    for i in range(grow):
-        blocks = sorted(tree.blocks)
-        pick = blocks[int(torch.randint(len(blocks), (), generator=generator))]
-        if i % 5 == 4 and pick and len(blocks) > 4:
-            tree.remove(pick)
-        elif tree.why_not_add(pick) is None:
-            tree.insert(pick)
-    return tree
 
 
 def check_random():
