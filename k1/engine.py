@@ -187,7 +187,7 @@ class Engine:
 
             forest = a.forest(start, stop)
             table = all_blocks(forest, a.leaves(start, stop))
-            done = TreePass(forest, batch, text, self._inner_side, table)
+            done = TreePass(forest, batch, text, self._inner_side).run(table)
             loss, grad, shared_grad = done.gradients()
             norms = torch.linalg.vector_norm(grad, dim=-1)[table.place.clamp(min=0)]
             measured = torch.where(table.place >= 0, norms, 0.0).view(stop - start, -1)
@@ -228,15 +228,15 @@ class Engine:
                 on_time = a["step"][start:stop] % update.attribution_every == 0
                 records.remember(self.arena, start, stop, full.measured, on_time)
             selection = self._select(start, stop, a["responsibility"][start:stop])
-        # The blocks' forward pass needs no selection, so it runs beside the probe.
-        forward = self._forward_all(start, stop, batch, text) if self.backend.fused else None
+        forward = None
+        if self.backend.fused:
+            from k1.kernels.tree import TreePass
+
+            forward = TreePass(a.forest(start, stop), batch, text, self._forward_side)
+            if due:  # The forward pass needs no selection, so it runs beside the probe.
+                forward.run()
         self._side.join()
         return self.path_step(start, stop, batch, text, selection, forward)
-
-    def _forward_all(self, start: int, stop: int, batch: Batch, text: Text) -> TreePass:
-        from k1.kernels.tree import TreePass
-
-        return TreePass(self.arena.forest(start, stop), batch, text, self._forward_side)
 
     def path_pass(
         self,
@@ -251,10 +251,11 @@ class Engine:
         a = self.arena
         forest, leaves = a.forest(start, stop), a.leaves(start, stop)
         if self.backend.fused:
-            from k1.kernels.tree import chosen_blocks
+            from k1.kernels.tree import TreePass, chosen_blocks
 
-            done = forward or self._forward_all(start, stop, batch, text)
-            return done.choose(chosen_blocks(forest, leaves, selection.on_path))
+            table = chosen_blocks(forest, leaves, selection.on_path)
+            done = forward or TreePass(forest, batch, text, self._forward_side)
+            return done.choose(table) if done.has_run else done.run(table)
         paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
         return PathPass(forest, batch, text, paths)
 
@@ -439,7 +440,7 @@ class Engine:
         if self.backend.fused:
             from k1.kernels.tree import TreePass
 
-            return TreePass(forest, batch, text, self._inner_side).values.output
+            return TreePass(forest, batch, text, self._inner_side).run().values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
 

@@ -40,7 +40,9 @@ class StepGraphs:
             return work()
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # What others wait for goes before what runs beside it (`Side`).
+            first = torch.cuda.Stream(priority=-1)
+            with torch.cuda.graph(graph, pool=self._pool, stream=first):
                 result = work()
             self._pool = self._pool or graph.pool()
             self._recorded[shape] = graph, result

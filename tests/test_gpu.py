@@ -87,13 +87,14 @@ def test_a_graph_makes_the_same_bits_as_single_launches(make, router, mode):
     assert len(hashes) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 def test_a_step_never_waits_for_the_device(make, mode, fused):
     engine = engine_of(make, graph=False, fused=fused, update={"mode": mode, "inner_steps": 2})
     engine.train(0, 1, 6)  # compiles, and indexes the tree
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         engine.train(0, 1, 6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -171,7 +172,7 @@ def test_untouched_blocks_keep_their_bits(make):
     before = {name: arena[name].clone() for name in ("weight", "first", "second", "count")}
     result = engine.step(0, 1)
     still = result.selection.scale[0] == 0
-    assert 0 < int((~still).sum()) <= 3
+    assert 0 < int((~still).sum()) < len(arena.trees[0].blocks) < still.numel()
     for name, old in before.items():
         assert torch.equal(arena[name][0, still], old[0, still]), name
         assert not torch.equal(arena[name][0, ~still], old[0, ~still]), name

@@ -31,34 +31,27 @@ _ROUTER = ("router.weight", "router.bias")
 
 
 class TreePass:
-    """One forward pass through all trees, and as many backward passes as are asked for."""
+    """A forward pass through all trees, and as many backward passes as are asked for."""
 
-    def __init__(
-        self,
-        forest: Forest,
-        batch: Batch,
-        text: Text,
-        side: Side,
-        table: PathTable | None = None,
-    ) -> None:
-        """Run the trees on a batch.
+    def __init__(self, forest: Forest, batch: Batch, text: Text, side: Side) -> None:
+        """Make ready what does not depend on the blocks to be chosen.
 
         Args:
             forest: the trees.
             batch: the windows.
             text: the same as the routers see them.
             side: a stream that is free; small things run there, beside large ones.
-            table: the blocks whose gradients will be wanted, if they are known yet and many; else
-                `choose` them afterwards.
         """
-        self.forest, self.batch, self._side, self._table = forest, batch, side, table
+        self.forest, self.batch, self._side = forest, batch, side
+        self._table: PathTable | None = None
+        self.has_run = False
         with side.fork():
-            prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
+            self._prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
         lanes = len(forest.rows)
         d = forest.config.model.embed
         tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
         self._rows = forest.rows.flatten(0, 1)
-        pieces, folded = self._read(self._rows)
+        self._pieces, self._folded = self._read(self._rows)
         shared = forest.shared_layout.unpack(forest.shared)
         last = forest.levels[-1]
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
@@ -67,31 +60,40 @@ class TreePass:
             dtype=arithmetic(forest.config), device=self._rows.device,
         )  # fmt: skip
         self._flow[:lanes] = embed(shared, batch.inputs).view(lanes, tokens, d)
-        self._folded = folded
-        kept = None
+
+    def run(self, table: PathTable | None = None) -> TreePass:
+        """Run the trees.
+
+        Args:
+            table: the blocks whose gradients will be wanted, if they are known yet; else `choose`
+                them afterwards, and they run once more.
+        """
+        kept = keep = None
         if table is not None:
-            kept = self._make_room(table)
+            kept, keep = self._make_room(table), table.place
         ys = []
-        for index in forest.levels:
-            part = self._flow[index.first : index.first + lanes * index.width]
-            keep = None if table is None else table.place
-            self._run(folded, index.source, index.row, part, None, kept, keep)
-            ys.append(part.view(lanes, index.width, tokens, d))
-        side.join()
-        self.values = self._mix_up(ys, prior, pieces)
-        self._fresh = True
+        for index in self.forest.levels:
+            part = self._flow[index.first : index.first + len(index.source)]
+            self._run(self._folded, index.source, index.row, part, None, kept, keep)
+            ys.append(part.view(*index.alive.shape, *part.shape[1:]))
+        self._side.join()
+        self.values = self._mix_up(ys, self._prior, self._pieces)
+        self.has_run = self._fresh = True
+        return self
 
     def choose(self, table: PathTable) -> TreePass:
         """Say which blocks' gradients will be wanted, after all have run."""
-        self._table = table
-        self._make_room(table)
-        self._run_chosen(store=False)
+        kept = self._make_room(table)
+        self._run_chosen(self._folded, table.row, kept, table.place, store=False)
+        self._side.join()
         return self
 
     def _make_room(self, table: PathTable) -> Kept:
-        """Gather the chosen blocks' weights, and make room for what they keep."""
+        """Gather the chosen blocks' weights on the side, and make room for what they keep."""
+        self._table = table
+        with self._side.fork():
+            self._weights = self._read(self._rows.index_select(0, table.row))[1]
         model, tokens = self.forest.config.model, self._flow.shape[1]
-        self._weights = Folded(*[t.index_select(0, table.row) for t in self._folded.tensors()])
         self._kept = Kept.empty(len(table.row), tokens, model.embed, model.feed_forward, self._flow)
         return self._kept
 
@@ -119,23 +121,23 @@ class TreePass:
         heads = self.forest.config.model.heads
         run_blocks(folded, self._flow, source, weight, self._time, heads, kept, keep, out, target)
 
-    def _run_chosen(self, store: bool) -> None:
+    def _run_chosen(
+        self, folded: Folded, weight: Tensor, kept: Kept, keep: Tensor, store: bool
+    ) -> None:
         """Run the chosen blocks once more, all at once, on the inputs that they had."""
-        assert self._table is not None
-        levels, row = self.forest.levels, self._table.row
+        levels, row = self.forest.levels, self.row
         index = torch.cat([i.row for i in levels])
         source = torch.full((len(self._rows),), -1, dtype=torch.int64, device=row.device)
         place = source.scatter(0, index, torch.arange(levels[0].first, len(self._flow),
                                                       device=row.device))  # fmt: skip
         source = source.scatter(0, index, torch.cat([i.source for i in levels]))
-        here = torch.arange(len(row), device=row.device)
         target = torch.full_like(row, -1)
         if store:
             # Leaves alone: what others read in this launch has to stay as it is.
             leaf = torch.zeros_like(place, dtype=torch.bool)
             leaf = leaf.scatter(0, index, torch.cat([i.is_leaf.flatten() for i in levels]))
             target = torch.where(leaf[row], place[row], target)
-        self._run(self._weights, source[row], here, self._flow, target, self._kept, here)
+        self._run(folded, source[row], weight, self._flow, target, kept, keep)
 
     def _mix_up(
         self, ys: list[Tensor], prior: list[Tensor], pieces: dict[str, Tensor]
@@ -167,7 +169,8 @@ class TreePass:
         pieces = forest.block_layout.unpack(self._rows.index_select(0, table.row))
         if not self._fresh:
             self._weights = self._read(self._rows.index_select(0, table.row))[1]
-            self._run_chosen(store=True)
+            here = torch.arange(len(table.row), device=table.row.device)
+            self._run_chosen(self._weights, here, self._kept, here, store=True)
             all_pieces = forest.block_layout.unpack(self._rows)
             self.values = self._mix_up(self.values.y, self.values.prior, all_pieces)
         self._fresh = False
