@@ -34,7 +34,7 @@ from k1.optimizer import Rows, adamw, clip_factor
 from k1.path import PathPass, as_leaf, index_paths
 from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
-from k1.sampling import TokenStore
+from k1.sampling import TokenStore, draw
 
 if TYPE_CHECKING:
     from k1.kernels.tree import TreePass
@@ -146,12 +146,10 @@ class Engine:
     @torch.enable_grad()
     def _step(self, start: int, stop: int, due: bool, batch: Batch | None) -> StepResult:
         """Do a step on the device, without waiting for it."""
-        a, lanes = self.arena, slice(start, stop)
         if batch is None:
-            seed, cursor = a["data_seed"][lanes], a["data_cursor"][lanes]
-            windows = a.config.train.batch
-            batch = self.store.sample("train", seed, cursor, a["mix"][lanes], windows)
-        text = read_text(batch, a.config)
+            batch, text = draw(self.store, self.arena, start, stop, self.backend.kernels)
+        else:
+            text = read_text(batch, self.arena.config)
         if self.mode == "sparse":
             result = self._sparse(start, stop, batch, text, due)
         else:

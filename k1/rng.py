@@ -59,6 +59,10 @@ def random_bits(seed: Tensor, stream: int, counter: Tensor, width: int) -> Tenso
 
 def random_uniform(seed: Tensor, stream: int, counter: Tensor, width: int) -> Tensor:
     """Draw float32 numbers in [0, 1), shape [lanes, width]; arguments as `random_bits`."""
+    if seed.is_cuda and AVAILABLE:
+        from k1.kernels.random import random_uniform_fused
+
+        return random_uniform_fused(seed, stream, counter, width)
     bits = random_bits(seed, stream, counter, width) >> 38  # 24 bits fill a float32 mantissa
     return bits.to(torch.float32) / float(1 << 24)
 

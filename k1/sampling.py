@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k1.arena import Arena
 from k1.data import POOLS, TextData
-from k1.forward import Batch
+from k1.forward import Batch, Text, read_text
 from k1.rng import STREAM_DATA, STREAM_DOMAIN, random_bits, random_uniform
 
-_GOLDEN_RATIO = 0.6180339887498949
+GOLDEN_RATIO = 0.6180339887498949
+"""Multiples of it, modulo 1, spread evenly however many there are."""
 
 
 class TokenStore:
@@ -57,8 +59,9 @@ class TokenStore:
             windows: windows per lane. The domains of any first few are as mixed as those of all.
         """
         u = random_uniform(seed, STREAM_DOMAIN, counter, 1)
-        u = (u + torch.arange(windows, device=seed.device) * _GOLDEN_RATIO) % 1.0
-        edges = mix.cumsum(1)[:, None, :-1]
+        u = (u + torch.arange(windows, device=seed.device) * GOLDEN_RATIO) % 1.0
+        # A CPU adds float32 in float64 by itself; so every device finds the same edges.
+        edges = mix.double().cumsum(1).float()[:, None, :-1]
         domain = (u[..., None] >= edges).sum(-1)
         extent = self.extent_on_device[POOLS.index(pool)][domain]
         bits = random_bits(seed, STREAM_DATA, counter, windows)
@@ -85,3 +88,25 @@ class TokenStore:
     def bytes_in(self, targets: Tensor) -> Tensor:
         """UTF-8 bytes of target tokens [L, B, T]: float64 [L]."""
         return self.token_bytes[targets].double().flatten(1).sum(1)
+
+
+def draw(
+    store: TokenStore, arena: Arena, start: int, stop: int, kernels: bool
+) -> tuple[Batch, Text]:
+    """Draw the batch that lanes start..stop train on next, and read it for their routers.
+
+    Args:
+        store: the text, on the arena's device.
+        arena: the lanes.
+        start: first lane.
+        stop: one past the last lane.
+        kernels: whether one kernel does it all.
+    """
+    config, windows = arena.config, arena.config.train.batch
+    seed, cursor, mix = (arena[n][start:stop] for n in ("data_seed", "data_cursor", "mix"))
+    if kernels:
+        from k1.kernels.sample import sample_fused
+
+        return sample_fused(store, "train", seed, cursor, mix, windows, config.evidence)
+    batch = store.sample("train", seed, cursor, mix, windows)
+    return batch, read_text(batch, config)

@@ -25,7 +25,7 @@ from k1.errors import ConfigError
 from k1.forward import Activations, Batch, Text, read_text
 from k1.records import StepResult, record
 from k1.rng import derive_seed
-from k1.sampling import TokenStore
+from k1.sampling import TokenStore, draw
 from k1.topology import ROOT_SLOT
 
 GRID = (4e-4, 1e-3, 2.5e-3)
@@ -133,12 +133,13 @@ class CoordinateEngine(Engine):
 
     @torch.enable_grad()
     def _step(self, start: int, stop: int, due: bool, batch: Batch | None) -> StepResult:
-        a, lanes = self.arena, slice(start, stop)
+        lanes = slice(start, stop)
         if batch is None:
-            seed, cursor = a["data_seed"][lanes], a["data_cursor"][lanes]
-            batch = self.store.sample("train", seed, cursor, a["mix"][lanes], a.config.train.batch)
+            batch, text = draw(self.store, self.arena, start, stop, self.backend.kernels)
+        else:
+            text = read_text(batch, self.arena.config)
         selection = Selection(self.scale[lanes], self.on_path[lanes], self.culprit[lanes])
-        result = self.path_step(start, stop, batch, read_text(batch, a.config), selection)
+        result = self.path_step(start, stop, batch, text, selection)
         record(self.arena, start, stop, result, self.backend.kernels)
         return result
 
