@@ -439,7 +439,7 @@ class Engine:
         if self.backend.fused:
             from k1.kernels.tree import TreePass
 
-            return TreePass(forest, batch, text, self._inner_side).values.output
+            return TreePass(forest, batch, text, self._inner_side, frozen=True).values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
 

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from k1.attribution import Leaves
 from k1.block import Folded, unfold
-from k1.forward import Activations, Batch, Forest, Text, arithmetic, embed, priors
+from k1.forward import Activations, Batch, Forest, Text, arithmetic, priors
 from k1.graphs import Side
 from k1.head import cross_entropy_gradients
 from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+from k1.kernels.embedding import embed_tokens, embedding_gradient, order_tokens
 from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
 from k1.kernels.norm import norm_backward, norm_forward
 from k1.kernels.path import add_children, mix_backward
 from k1.kernels.select import PathTable, list_paths
+from k1.kernels.sums import sum_rows
 
 _ROUTER = ("router.weight", "router.bias")
 
@@ -40,6 +42,7 @@ class TreePass:
         text: Text,
         side: Side,
         table: PathTable | None = None,
+        frozen: bool = False,
     ) -> None:
         """Run the trees on a batch.
 
@@ -50,23 +53,27 @@ class TreePass:
             side: a stream that is free; small things run there, beside large ones.
             table: the blocks whose gradients will be wanted, if they are known yet and many; else
                 `choose` them afterwards.
+            frozen: no gradients will be asked for.
         """
         self.forest, self.batch, self._side, self._table = forest, batch, side, table
         with side.fork():
             prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
+            if not frozen:
+                self._prepare_gradients()
         lanes = len(forest.rows)
         d = forest.config.model.embed
         tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
         self._rows = forest.rows.flatten(0, 1)
-        pieces, folded = self._read(self._rows)
+        layout, kind = forest.block_layout, arithmetic(forest.config)
+        pieces, folded = layout.unpack(self._rows), fold_fused(self._rows, layout, kind)
         shared = forest.shared_layout.unpack(forest.shared)
         last = forest.levels[-1]
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
         self._flow = torch.empty(
             last.first + lanes * last.width, tokens, d,
-            dtype=arithmetic(forest.config), device=self._rows.device,
+            dtype=kind, device=self._rows.device,
         )  # fmt: skip
-        self._flow[:lanes] = embed(shared, batch.inputs).view(lanes, tokens, d)
+        embed_tokens(shared["embedding"], shared["position"], batch.inputs, self._flow[:lanes])
         self._folded = folded
         kept = None
         if table is not None:
@@ -81,6 +88,14 @@ class TreePass:
         self.values = self._mix_up(ys, prior, pieces)
         self._fresh = True
 
+    def _prepare_gradients(self) -> None:
+        """Do what gradients need and what only the batch and the shared part are needed for."""
+        forest, batch = self.forest, self.batch
+        shared = forest.shared_layout.unpack(forest.shared)
+        self._order = order_tokens(batch.inputs, shared["embedding"].shape[1])
+        self._head = shared["head"].to(arithmetic(forest.config))
+        self._targets = batch.targets.flatten(1).contiguous()
+
     def choose(self, table: PathTable) -> TreePass:
         """Say which blocks' gradients will be wanted, after all have run."""
         self._table = table
@@ -89,9 +104,9 @@ class TreePass:
         return self
 
     def _make_room(self, table: PathTable) -> Kept:
-        """Gather the chosen blocks' weights, and make room for what they keep."""
+        """Fold the chosen blocks' weights, and make room for what they keep."""
         model, tokens = self.forest.config.model, self._flow.shape[1]
-        self._weights = Folded(*[t.index_select(0, table.row) for t in self._folded.tensors()])
+        self._weights = self._fold_chosen(table)
         self._kept = Kept.empty(len(table.row), tokens, model.embed, model.feed_forward, self._flow)
         return self._kept
 
@@ -101,10 +116,8 @@ class TreePass:
         assert self._table is not None
         return self._table.row
 
-    def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Folded]:
-        """Pieces and folded weights of flattened arena rows."""
-        layout = self.forest.block_layout
-        return layout.unpack(rows), fold_fused(rows, layout, arithmetic(self.forest.config))
+    def _fold_chosen(self, table: PathTable) -> Folded:
+        return fold_fused(self._rows, self.forest.block_layout, self._flow.dtype, table.row)
 
     def _run(
         self,
@@ -166,7 +179,7 @@ class TreePass:
         assert table is not None
         pieces = forest.block_layout.unpack(self._rows.index_select(0, table.row))
         if not self._fresh:
-            self._weights = self._read(self._rows.index_select(0, table.row))[1]
+            self._weights = self._fold_chosen(table)
             self._run_chosen(store=True)
             all_pieces = forest.block_layout.unpack(self._rows)
             self.values = self._mix_up(self.values.y, self.values.prior, all_pieces)
@@ -174,27 +187,30 @@ class TreePass:
         lanes, tokens = len(forest.rows), self._flow.shape[1]
         grad = torch.empty(len(table.row), *self._flow.shape[1:], dtype=self._flow.dtype,
                            device=self._flow.device)  # fmt: skip
-        shared = forest.shared_layout.unpack(forest.shared)
+        layout = forest.shared_layout
+        shared, by_shared = layout.unpack(forest.shared), torch.empty_like(forest.shared)
+        into = layout.unpack(by_shared)
         gain, shift = shared["norm.weight"], shared["norm.bias"]
         hidden, normed, inverse = norm_forward(self.values.output.contiguous(), gain, shift)
-        targets = self.batch.targets.flatten(1)
-        losses, by_hidden, by_head = cross_entropy_gradients(hidden, shared["head"], targets)
-        assert by_hidden is not None and by_head is not None
-        by_gain, by_shift = norm_backward(
-            by_hidden, normed, inverse, gain, 1 / tokens, grad[:lanes]
+        losses, by_hidden, _ = cross_entropy_gradients(
+            hidden, self._head, self._targets, scale=1 / tokens, by_head=into["head"]
         )
-        by_row, by_token, by_position = self._backward(grad, pieces)
-        by_shared = {
-            "embedding": by_token,
-            "position": by_position,
-            "norm.weight": by_gain,
-            "norm.bias": by_shift,
-            "head": by_head.mul_(1 / tokens),
-        }
-        return losses.mean(1), by_row, forest.shared_layout.pack(by_shared)
+        assert by_hidden is not None
+        parts = norm_backward(by_hidden, normed, inverse, gain, grad[:lanes])
+        # Both are read on the second stream, so they have to live until it is joined.
+        with self._side.fork():
+            loss = losses.mean(1)
+            at = layout.starts[layout.names.index("norm.weight")]  # the shift lies behind the gain
+            sum_rows(parts, by_shared[:, at : at + parts.shape[2]])
+        return loss, self._backward(grad, pieces, into), by_shared
 
-    def _backward(self, grad: Tensor, pieces: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P], tokens and positions."""
+    def _backward(
+        self, grad: Tensor, pieces: dict[str, Tensor], by_shared: dict[str, Tensor]
+    ) -> Tensor:
+        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P].
+
+        Those of the embedding and the positions are written into `by_shared`.
+        """
         table, forest, config = self._table, self.forest, self.forest.config
         assert table is not None
         tokens = grad.shape[1]
@@ -224,12 +240,15 @@ class TreePass:
                 config.model.heads,
             )
         with self._side.fork():
-            by_token, by_position = self._by_embedding(dx[: len(forest.rows)].float())
+            by_input = dx[: len(forest.rows)]
+            embedding_gradient(self._order, by_input, by_shared["embedding"])
+            windows = by_input.view(*self.batch.inputs.shape[:2], -1)
+            sum_rows(windows, by_shared["position"].flatten(1))
         by_piece = unfold(pieces, backward_weights(self._kept, factors, grad))
         by_piece |= self._by_router(router, pieces)
         by_row = forest.block_layout.pack(by_piece)
         self._side.join()
-        return by_row, by_token, by_position
+        return by_row
 
     def _by_router(
         self, router: tuple[Tensor, Tensor] | None, pieces: dict[str, Tensor]
@@ -243,21 +262,6 @@ class TreePass:
             weight[:inner] = torch.bmm(normed.transpose(1, 2), by_logits)
             bias[:inner] = by_logits.sum(1, dtype=torch.float32)
         return {"router.weight": weight, "router.bias": bias}
-
-    def _by_embedding(self, by_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of embedding [L, V, d] and positions [L, T, d], given the roots' inputs'."""
-        lanes, _, d = by_input.shape
-        vocab = self.forest.shared_layout.shapes[0][0]
-        inputs = self.batch.inputs
-        by_position = by_input.view(lanes, *inputs.shape[1:], d).sum(1)
-        context = self.forest.config.model.context
-        if inputs.shape[2] < context:
-            by_position = torch.nn.functional.pad(by_position, (0, 0, 0, context - inputs.shape[2]))
-        index = inputs.flatten(1) + torch.arange(lanes, device=by_input.device)[:, None] * vocab
-        by_token = torch.ops.aten.embedding_dense_backward(
-            by_input.flatten(0, 1), index.flatten(), lanes * vocab, -1, False
-        )
-        return by_token.view(lanes, vocab, d), by_position
 
 
 def all_blocks(forest: Forest, leaves: Leaves) -> PathTable:
