@@ -64,8 +64,10 @@ def check_embedding(size, dtype):
     exact = torch.stack([F.embedding(i, t) for i, t in zip(inputs, leaves[0], strict=True)])
     exact = (exact + leaves[1][:, None, :time]).flatten(1, 2)
     wanted = torch.autograd.grad(exact, leaves, grad[:lanes].double())
+    # Tensor cores round each of the partial sums of thousands of numbers towards zero.
+    error = 1e-4 if dtype == torch.float32 else 1e-2
     for found, want in zip(derive(), wanted, strict=True):
-        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=error)
         assert bool((found[want == 0] == 0).all())
     before, behind = views(by_shared, size)[2:]
     assert bool(before.isnan().all()) and bool(behind.isnan().all())
