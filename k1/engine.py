@@ -438,7 +438,7 @@ class Engine:
         if self.backend.fused:
             from k1.kernels.tree import TreePass
 
-            return TreePass(forest, batch, text, self._inner_side).run().values.output
+            return TreePass(forest, batch, text, self._inner_side, True).run().values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
 

@@ -61,6 +61,7 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         """Make the stream."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kept: list[Any] = []
 
     @contextmanager
     def fork(self) -> Iterator[None]:
@@ -72,7 +73,22 @@ class Side:
         with torch.cuda.stream(self._stream):
             yield
 
+    def keep(self, *made_outside: Any) -> None:
+        """Let tensors that are read on the second stream live until it is joined."""
+        if self._stream is not None:
+            self._kept += made_outside
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark how far the second stream has come, for `wait`."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """Let what is launched from here on wait for what was launched before the mark."""
+        if self._stream is not None and mark is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
     def join(self) -> None:
         """Let what is launched from here on wait for the second stream."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._kept.clear()

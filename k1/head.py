@@ -1,7 +1,7 @@
 """Linear cross-entropy in chunks: the logits of a whole batch never exist at once.
 
 A chunk is some lanes, or a part of the tokens of one lane. Its logits are turned into their own
-gradient in place, which goes into the gradients of hidden values, head and bias at once; all that
+gradient in place, which goes into the gradients of hidden values and head at once; all that
 the backward pass has left to do is to multiply them by what comes in. How a lane's tokens are cut
 depends on their number and on the vocabulary, never on the other lanes.
 
@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k1.graphs import Side
 from k1.kernels import AVAILABLE
 
 # Large chunks make efficient products (on an H200, 3 chunks of 16,384 x 10,000 logits took 0.50 ms
 # and 16 took 1.04), small ones save memory.
 _CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 8 * 2**20}
+_HELD = 4
+"""Chunks that may exist at once, where a second stream works on them."""
+_HeadProduct = tuple[Tensor, Tensor, Tensor, bool]
+"""Where it goes, two factors, and whether it is added to what is there."""
 
 
 def mean_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -60,9 +65,16 @@ def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor
 
 @torch.no_grad()
 def cross_entropy_gradients(
-    hidden: Tensor, head: Tensor, targets: Tensor, for_hidden: bool = True, for_head: bool = True
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    for_hidden: bool = True,
+    for_head: bool = True,
+    scale: float = 1.0,
+    by_head: Tensor | None = None,
+    side: Side | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cross-entropy of every token, and the gradients of their sum.
+    """Cross-entropy of every token, and the gradients of a multiple of their sum.
 
     Args:
         hidden: [L, N, d]; its dtype is the dtype of the arithmetic.
@@ -70,6 +82,10 @@ def cross_entropy_gradients(
         targets: int64 [L, N], from 0 to V - 1.
         for_hidden: whether the gradient by the hidden values is wanted.
         for_head: whether the gradient by the head is wanted.
+        scale: what the gradients, not the losses, are multiplied by.
+        by_head: where the gradient by the head goes instead of a new tensor, each lane contiguous.
+        side: a stream for the products that nothing here waits for, those for the head: their
+            result is there once it is joined. Up to `_HELD` chunks then exist at once.
 
     Returns:
         Losses float32 [L, N] in nats, and the gradients: by `hidden` in its dtype, by `head` in
@@ -79,34 +95,53 @@ def cross_entropy_gradients(
     weight = head.to(hidden.dtype)
     losses = hidden.new_empty(targets.shape, dtype=wide)
     d_hidden = hidden.new_empty(hidden.shape) if for_hidden else None
-    d_head = head.new_empty(head.shape, dtype=wide) if for_head else None
+    d_head = None
+    if for_head:
+        d_head = head.new_empty(head.shape, dtype=wide) if by_head is None else by_head
+    held: list[_HeadProduct] = []
     for lanes, tokens in _chunks(hidden, head.shape[2]):
         part, own = _cut(hidden, lanes, tokens), _cut(weight, lanes)
         wanted, out = _cut(targets, lanes, tokens), _cut(losses, lanes, tokens)
         d_logits = _losses(part, own, wanted, out, gradient=for_hidden or for_head)
         if d_hidden is not None:
-            torch.bmm(d_logits, own.transpose(1, 2), out=_cut(d_hidden, lanes, tokens))
+            # A factor within a product costs nothing.
+            by_part = _cut(d_hidden, lanes, tokens)
+            by_part.baddbmm_(d_logits, own.transpose(1, 2), beta=0, alpha=scale)
         if d_head is not None:
-            first = tokens.start == 0
-            _product(_cut(d_head, lanes), part.transpose(1, 2), d_logits, add=not first)
+            held.append((_cut(d_head, lanes), part.transpose(1, 2), d_logits, tokens.start > 0))
+        if side is None or len(held) == _HELD:
+            _add_up(held, scale)
+    if side is not None:
+        side.keep(*held)
+        with side.fork():
+            _add_up(held, scale)
     return losses, d_hidden, d_head
 
 
+def _add_up(held: list[_HeadProduct], scale: float) -> None:
+    """Make the products that are held, and let them go."""
+    for out, left, right, add in held:
+        _product(out, left, right, scale, add)
+    held.clear()
+
+
 class _MeanCrossEntropy(torch.autograd.Function):
-    """Losses and, in the same pass, the gradients of their sum that will be wanted."""
+    """Losses and, in the same pass, the gradients of their mean that will be wanted."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[:2]
-        losses, d_hidden, d_head = cross_entropy_gradients(hidden, head, targets, *wanted)
+        for_hidden, for_head = ctx.needs_input_grad[:2]
+        losses, d_hidden, d_head = cross_entropy_gradients(
+            hidden, head, targets, for_hidden, for_head, 1 / targets.shape[1]
+        )
         ctx.save_for_backward(d_hidden, d_head)
-        ctx.tokens, ctx.head_dtype = targets.shape[1], head.dtype
+        ctx.head_dtype = head.dtype
         return losses.mean(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        each = (grad / ctx.tokens)[:, None, None]
+        each = grad[:, None, None]
         d_hidden, d_head = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden * each.to(d_hidden.dtype)
@@ -181,9 +216,10 @@ def _losses(
     return logits.scatter_(2, index, -1.0, reduce="add").to(hidden.dtype)
 
 
-def _product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """Write a batched product to `out`, or add it, summing in the dtype of `out`."""
+def _product(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool) -> None:
+    """Write a multiple of a batched product to `out`, or add it, summing in the dtype of `out`."""
+    beta = int(add)
     if out.is_cuda and out.dtype != left.dtype:
-        torch.baddbmm(out, left, right, out_dtype=out.dtype, beta=int(add), out=out)
+        torch.baddbmm(out, left, right, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
     else:
-        torch.baddbmm(out, left.to(out.dtype), right.to(out.dtype), beta=int(add), out=out)
+        out.baddbmm_(left.to(out.dtype), right.to(out.dtype), beta=beta, alpha=scale)

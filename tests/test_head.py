@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import k1.head
-from k1.head import mean_cross_entropy, token_cross_entropy
+from k1.head import cross_entropy_gradients, mean_cross_entropy, token_cross_entropy
 
 NAMES = ("loss", "d_hidden", "d_head")
 INCOMING = torch.tensor([1.0, -2.5, 0.25])
@@ -77,6 +77,37 @@ def test_token_losses_equal_those_of_whole_logits(monkeypatch, tokens):
     assert found.dtype == torch.float32 and not found.requires_grad
     with torch.no_grad():
         assert torch.equal(mean_cross_entropy(hidden, head, targets), found.mean(1))
+
+
+def check_scaled(dtype, device, tokens=37, d=12, vocab=61):
+    """A factor is in the gradients and not in the losses, and the head's go where they are told."""
+    hidden, head, targets = (v.to(device) for v in draw(tokens=tokens, d=d, vocab=vocab))
+    hidden, scale = hidden.to(dtype), 1 / tokens
+    losses, *plain = cross_entropy_gradients(hidden, head, targets)
+    shared = torch.full((3, 40 + d * vocab), math.nan, device=device)
+    place = shared[:, 8:-32].unflatten(1, (d, vocab))
+    same, *scaled = cross_entropy_gradients(hidden, head, targets, scale=scale, by_head=place)
+    assert torch.equal(same, losses) and scaled[1] is place
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, want in zip(scaled, plain, strict=True):
+        assert found.dtype == want.dtype
+        assert float((found.double() / scale - want).norm() / want.norm()) < tolerance
+    assert bool(shared[:, :8].isnan().all()) and bool(shared[:, -32:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [10, 60, 500])
+def test_gradients_can_be_scaled_and_placed(monkeypatch, tokens, dtype):
+    fit_tokens(monkeypatch, tokens, 61, dtype.itemsize)
+    check_scaled(dtype, "cpu")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("chunk", [100, 500, 5000])
+def test_gradients_can_be_scaled_and_placed_on_a_gpu(monkeypatch, chunk):
+    fit_tokens(monkeypatch, chunk, 512, 2)
+    check_scaled(torch.bfloat16, "cuda", 300, 64, 512)
 
 
 def test_no_chunk_is_larger_than_allowed(monkeypatch):

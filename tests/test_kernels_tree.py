@@ -7,6 +7,7 @@ from k1 import edits
 from k1.config import Config
 from k1.data import TextData
 from k1.engine import Engine
+from k1.forward import read_text
 from k1.trainer import Trainer
 
 # Router, top_k, mode and inner steps.
@@ -62,3 +63,37 @@ def check_steps(config: Config, data: TextData) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_steps_are_those_of_plain_pytorch(interpreted, make, data, case):
     interpreted(check_steps, config_of(make().config, *case), data)
+
+
+def check_shared_gradient(config: Config, data: TextData) -> None:
+    """Its every piece is written, and is that of plain PyTorch."""
+    from k1.kernels.tree import TreePass, all_blocks
+
+    torch.set_num_threads(1)
+    engine = build(config, data, fused=True)
+    engine.step(0, 2)  # gains and shifts begin as ones and zeros
+    arena = engine.arena
+    counter = torch.zeros(2, dtype=torch.int64)
+    batch = engine.store.sample("train", counter, counter, arena["mix"], 3).head(2)
+    text, forest = read_text(batch, config), arena.forest(0, 2)
+    table = all_blocks(forest, arena.leaves(0, 2))
+    done = TreePass(forest, batch, text, engine._inner_side).run(table)
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    try:
+        loss, _, found = done.gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wanted_loss, _, wanted, _ = engine.gradients(0, 2, batch, text)
+    torch.testing.assert_close(loss, wanted_loss)
+    pieces = zip(
+        arena.shared_layout.unpack(found).items(),
+        arena.shared_layout.unpack(wanted).values(),
+        strict=True,
+    )
+    for (name, value), want in pieces:
+        assert float((value - want).norm() / want.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("router", ["mean", "learned"])
+def test_the_shared_gradient_is_complete(interpreted, make, data, router):
+    interpreted(check_shared_gradient, config_of(make().config, router, 3, "dense", 1), data)

@@ -31,13 +31,13 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dh_ptr, normed_ptr, inverse_ptr, gain_ptr, dx_ptr, part_ptr, N, scale, gain_step,
+    dh_ptr, normed_ptr, inverse_ptr, gain_ptr, dx_ptr, part_ptr, N, gain_step,
     D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     lane, n = tl.program_id(1).to(tl.int64), tl.program_id(0) * R + tl.arange(0, R)
     d, inside = tl.arange(0, D), (n < N)[:, None]
     at = (lane * N + n)[:, None] * D + d[None, :]
-    dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
+    dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
     normed = tl.load(normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_ptr + lane * N + n, mask=n < N, other=0.0)
     part = part_ptr + ((lane * tl.num_programs(0) + tl.program_id(0)) * 2) * D + d
@@ -63,27 +63,24 @@ def norm_forward(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor
     return h, normed, inverse
 
 
-def norm_backward(
-    dh: Tensor, normed: Tensor, inverse: Tensor, gain: Tensor, scale: float, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients through `norm_forward`, of `scale` times the incoming one.
+def norm_backward(dh: Tensor, normed: Tensor, inverse: Tensor, gain: Tensor, out: Tensor) -> Tensor:
+    """Gradients through `norm_forward`.
 
     Args:
         dh: [L, N, d], contiguous.
         normed: from `norm_forward`.
         inverse: from `norm_forward`.
         gain: as given to it.
-        scale: a factor.
         out: [L, N, d], contiguous; the gradient of x is written there.
 
     Returns:
-        Gradients of gain and shift, float32 [L, d].
+        float32 [L, parts, 2 * d]: parts of the gradients of the gain and, behind it, of the shift;
+        what is wanted is their sum.
     """
     lanes, tokens, d = dh.shape
     blocks = triton.cdiv(tokens, _ROWS)
-    part = torch.empty(lanes, blocks, 2, d, device=dh.device)
+    part = torch.empty(lanes, blocks, 2 * d, device=dh.device)
     _backward[(blocks, lanes)](
-        dh, normed, inverse, gain, out, part, tokens, scale, gain.stride(0), D=d, R=_ROWS
+        dh, normed, inverse, gain, out, part, tokens, gain.stride(0), D=d, R=_ROWS
     )
-    by_gain, by_shift = part.sum(1).unbind(1)
-    return by_gain, by_shift
+    return part

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from k1.attribution import Leaves
 from k1.block import Folded, unfold
-from k1.forward import Activations, Batch, Forest, Text, arithmetic, embed, priors
+from k1.forward import Activations, Batch, Forest, Text, arithmetic, priors
 from k1.graphs import Side
 from k1.head import cross_entropy_gradients
 from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+from k1.kernels.embedding import embed_tokens, embedding_gradient, order_tokens
 from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
 from k1.kernels.norm import norm_backward, norm_forward
 from k1.kernels.path import add_children, mix_backward
 from k1.kernels.select import PathTable, list_paths
+from k1.kernels.sums import sum_rows
 
 _ROUTER = ("router.weight", "router.bias")
 
@@ -33,7 +35,9 @@ _ROUTER = ("router.weight", "router.bias")
 class TreePass:
     """A forward pass through all trees, and as many backward passes as are asked for."""
 
-    def __init__(self, forest: Forest, batch: Batch, text: Text, side: Side) -> None:
+    def __init__(
+        self, forest: Forest, batch: Batch, text: Text, side: Side, frozen: bool = False
+    ) -> None:
         """Make ready what does not depend on the blocks to be chosen.
 
         Args:
@@ -41,25 +45,37 @@ class TreePass:
             batch: the windows.
             text: the same as the routers see them.
             side: a stream that is free; small things run there, beside large ones.
+            frozen: no gradients will be asked for.
         """
         self.forest, self.batch, self._side = forest, batch, side
         self._table: PathTable | None = None
         self.has_run = False
         with side.fork():
             self._prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
+            self._routed = side.mark()
+            if not frozen:
+                self._prepare_gradients()
         lanes = len(forest.rows)
-        d = forest.config.model.embed
         tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
         self._rows = forest.rows.flatten(0, 1)
-        self._pieces, self._folded = self._read(self._rows)
+        kind = arithmetic(forest.config)
+        self._folded = fold_fused(self._rows, forest.block_layout, kind)
         shared = forest.shared_layout.unpack(forest.shared)
         last = forest.levels[-1]
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
         self._flow = torch.empty(
-            last.first + lanes * last.width, tokens, d,
-            dtype=arithmetic(forest.config), device=self._rows.device,
+            last.first + lanes * last.width, tokens, forest.config.model.embed,
+            dtype=kind, device=self._rows.device,
         )  # fmt: skip
-        self._flow[:lanes] = embed(shared, batch.inputs).view(lanes, tokens, d)
+        embed_tokens(shared["embedding"], shared["position"], batch.inputs, self._flow[:lanes])
+
+    def _prepare_gradients(self) -> None:
+        """Do what gradients need and what only the batch and the shared part are needed for."""
+        forest, batch = self.forest, self.batch
+        shared = forest.shared_layout.unpack(forest.shared)
+        self._order = order_tokens(batch.inputs, shared["embedding"].shape[1])
+        self._head = shared["head"].to(arithmetic(forest.config))
+        self._targets = batch.targets.flatten(1).contiguous()
 
     def run(self, table: PathTable | None = None) -> TreePass:
         """Run the trees.
@@ -76,8 +92,8 @@ class TreePass:
             part = self._flow[index.first : index.first + len(index.source)]
             self._run(self._folded, index.source, index.row, part, None, kept, keep)
             ys.append(part.view(*index.alive.shape, *part.shape[1:]))
-        self._side.join()
-        self.values = self._mix_up(ys, self._prior, self._pieces)
+        self._side.wait(self._routed)
+        self.values = self._mix_up(ys, self._prior)
         self.has_run = self._fresh = True
         return self
 
@@ -85,14 +101,13 @@ class TreePass:
         """Say which blocks' gradients will be wanted, after all have run."""
         kept = self._make_room(table)
         self._run_chosen(self._folded, table.row, kept, table.place, store=False)
-        self._side.join()
         return self
 
     def _make_room(self, table: PathTable) -> Kept:
-        """Gather the chosen blocks' weights on the side, and make room for what they keep."""
+        """Fold the chosen blocks' weights on the side, and make room for what they keep."""
         self._table = table
         with self._side.fork():
-            self._weights = self._read(self._rows.index_select(0, table.row))[1]
+            self._weights = self._fold_chosen(table)
         model, tokens = self.forest.config.model, self._flow.shape[1]
         self._kept = Kept.empty(len(table.row), tokens, model.embed, model.feed_forward, self._flow)
         return self._kept
@@ -103,10 +118,8 @@ class TreePass:
         assert self._table is not None
         return self._table.row
 
-    def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Folded]:
-        """Pieces and folded weights of flattened arena rows."""
-        layout = self.forest.block_layout
-        return layout.unpack(rows), fold_fused(rows, layout, arithmetic(self.forest.config))
+    def _fold_chosen(self, table: PathTable) -> Folded:
+        return fold_fused(self._rows, self.forest.block_layout, self._flow.dtype, table.row)
 
     def _run(
         self,
@@ -139,11 +152,10 @@ class TreePass:
             target = torch.where(leaf[row], place[row], target)
         self._run(folded, source[row], weight, self._flow, target, kept, keep)
 
-    def _mix_up(
-        self, ys: list[Tensor], prior: list[Tensor], pieces: dict[str, Tensor]
-    ) -> Activations:
+    def _mix_up(self, ys: list[Tensor], prior: list[Tensor]) -> Activations:
         forest = self.forest
         lanes, slots, _ = forest.rows.shape
+        pieces = forest.block_layout.unpack(self._rows)
         m: list[Tensor] = [ys[-1]]
         share: list[Tensor] = []
         for parent, child in reversed(list(pairwise(forest.levels))):
@@ -166,38 +178,41 @@ class TreePass:
         """
         table, forest = self._table, self.forest
         assert table is not None
+        self._side.join()
         pieces = forest.block_layout.unpack(self._rows.index_select(0, table.row))
         if not self._fresh:
-            self._weights = self._read(self._rows.index_select(0, table.row))[1]
+            self._weights = self._fold_chosen(table)
             here = torch.arange(len(table.row), device=table.row.device)
             self._run_chosen(self._weights, here, self._kept, here, store=True)
-            all_pieces = forest.block_layout.unpack(self._rows)
-            self.values = self._mix_up(self.values.y, self.values.prior, all_pieces)
+            self.values = self._mix_up(self.values.y, self._prior)
         self._fresh = False
         lanes, tokens = len(forest.rows), self._flow.shape[1]
         grad = torch.empty(len(table.row), *self._flow.shape[1:], dtype=self._flow.dtype,
                            device=self._flow.device)  # fmt: skip
-        shared = forest.shared_layout.unpack(forest.shared)
+        layout = forest.shared_layout
+        shared, by_shared = layout.unpack(forest.shared), torch.empty_like(forest.shared)
+        into = layout.unpack(by_shared)
         gain, shift = shared["norm.weight"], shared["norm.bias"]
         hidden, normed, inverse = norm_forward(self.values.output.contiguous(), gain, shift)
-        targets = self.batch.targets.flatten(1)
-        losses, by_hidden, by_head = cross_entropy_gradients(hidden, shared["head"], targets)
-        assert by_hidden is not None and by_head is not None
-        by_gain, by_shift = norm_backward(
-            by_hidden, normed, inverse, gain, 1 / tokens, grad[:lanes]
+        losses, by_hidden, _ = cross_entropy_gradients(
+            hidden, self._head, self._targets, scale=1 / tokens, by_head=into["head"], side=self._side
         )
-        by_row, by_token, by_position = self._backward(grad, pieces)
-        by_shared = {
-            "embedding": by_token,
-            "position": by_position,
-            "norm.weight": by_gain,
-            "norm.bias": by_shift,
-            "head": by_head.mul_(1 / tokens),
-        }
-        return losses.mean(1), by_row, forest.shared_layout.pack(by_shared)
+        assert by_hidden is not None
+        parts = norm_backward(by_hidden, normed, inverse, gain, grad[:lanes])
+        self._side.keep(losses, parts)
+        with self._side.fork():
+            loss = losses.mean(1)
+            at = layout.starts[layout.names.index("norm.weight")]  # the shift lies behind the gain
+            sum_rows(parts, by_shared[:, at : at + parts.shape[2]])
+        return loss, self._backward(grad, pieces, into), by_shared
 
-    def _backward(self, grad: Tensor, pieces: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P], tokens and positions."""
+    def _backward(
+        self, grad: Tensor, pieces: dict[str, Tensor], by_shared: dict[str, Tensor]
+    ) -> Tensor:
+        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P].
+
+        Those of the embedding and the positions are written into `by_shared`.
+        """
         table, forest, config = self._table, self.forest, self.forest.config
         assert table is not None
         tokens = grad.shape[1]
@@ -227,12 +242,15 @@ class TreePass:
                 config.model.heads,
             )
         with self._side.fork():
-            by_token, by_position = self._by_embedding(dx[: len(forest.rows)].float())
+            by_input = dx[: len(forest.rows)]
+            embedding_gradient(self._order, by_input, by_shared["embedding"])
+            windows = by_input.view(*self.batch.inputs.shape[:2], -1)
+            sum_rows(windows, by_shared["position"].flatten(1))
         by_piece = unfold(pieces, backward_weights(self._kept, factors, grad))
         by_piece |= self._by_router(router, pieces)
         by_row = forest.block_layout.pack(by_piece)
         self._side.join()
-        return by_row, by_token, by_position
+        return by_row
 
     def _by_router(
         self, router: tuple[Tensor, Tensor] | None, pieces: dict[str, Tensor]
@@ -246,21 +264,6 @@ class TreePass:
             weight[:inner] = torch.bmm(normed.transpose(1, 2), by_logits)
             bias[:inner] = by_logits.sum(1, dtype=torch.float32)
         return {"router.weight": weight, "router.bias": bias}
-
-    def _by_embedding(self, by_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of embedding [L, V, d] and positions [L, T, d], given the roots' inputs'."""
-        lanes, _, d = by_input.shape
-        vocab = self.forest.shared_layout.shapes[0][0]
-        inputs = self.batch.inputs
-        by_position = by_input.view(lanes, *inputs.shape[1:], d).sum(1)
-        context = self.forest.config.model.context
-        if inputs.shape[2] < context:
-            by_position = torch.nn.functional.pad(by_position, (0, 0, 0, context - inputs.shape[2]))
-        index = inputs.flatten(1) + torch.arange(lanes, device=by_input.device)[:, None] * vocab
-        by_token = torch.ops.aten.embedding_dense_backward(
-            by_input.flatten(0, 1), index.flatten(), lanes * vocab, -1, False
-        )
-        return by_token.view(lanes, vocab, d), by_position
 
 
 def all_blocks(forest: Forest, leaves: Leaves) -> PathTable:
