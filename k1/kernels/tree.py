@@ -101,6 +101,12 @@ class TreePass:
         assert self._table is not None
         return self._table.row
 
+    @property
+    def place(self) -> Tensor:
+        """Where in `row` an arena row stands: int64 [L * S], -1 if nowhere."""
+        assert self._table is not None
+        return self._table.place
+
     def _read(self, rows: Tensor) -> tuple[dict[str, Tensor], Folded]:
         """Pieces and folded weights of flattened arena rows."""
         layout = self.forest.block_layout
