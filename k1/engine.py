@@ -30,17 +30,15 @@ from k1.forward import (
     token_losses,
 )
 from k1.graphs import Side, StepGraphs
-from k1.optimizer import Rows, adamw, clip_factor
 from k1.path import PathPass, as_leaf, index_paths
 from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
 from k1.sampling import TokenStore, draw
+from k1.update import Update
 
 if TYPE_CHECKING:
     from k1.kernels.tree import TreePass
-
-_ROWS = ("weight", "first", "second", "count")
-_SHARED_ROWS = ("shared", "shared_first", "shared_second", "shared_count")
+    from k1.kernels.update import FusedUpdate
 
 
 class Engine:
@@ -207,14 +205,10 @@ class Engine:
             selection = Selection(alive.float(), alive, none)
         else:
             selection = self._select(start, stop, full.measured)
-        squares = torch.where(selection.scale > 0, full.measured, 0.0).square().sum(1)
-        factor, fine = self._clip(start, stop, squares, full.by_shared)
-        for row, grad in full.by_row:
-            self._update(start, stop, row, grad, selection.scale, factor, fine)
-        self._update_shared(start, stop, full.by_shared, factor, fine)
+        fine = self._update(start, stop, selection).full(full)
         if a.config.model.router == "evidence" and self.mode != "dense":
             self._count(start, stop, selection, full.values, text, fine)
-        return StepResult(full.loss, selection, ~fine)
+        return StepResult(full.loss, selection, fine)
 
     def _sparse(self, start: int, stop: int, batch: Batch, text: Text, due: bool) -> StepResult:
         """Attribution on a probe now and then; gradients for the chosen paths only."""
@@ -273,26 +267,18 @@ class Engine:
         """
         config = self.arena.config
         done = self.path_pass(start, stop, batch, text, selection, forward)
-        fine = torch.ones(stop - start, dtype=torch.bool, device=self.arena.device)
+        update = self._update(start, stop, selection)
         first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
             loss, grad, shared_grad = done.gradients()
             first_loss = loss if first_loss is None else first_loss
-            squares, scale = torch.linalg.vector_norm(grad, dim=-1).square(), selection.scale
-            all_squares = self._by_lane(done.row, squares, scale)
-            factor, finite = self._clip(start, stop, all_squares, shared_grad)
-            fine = fine & finite
-            if turn == config.update.inner_steps - 1:
-                self._update_shared(start, stop, shared_grad, factor, fine)
-            else:
-                scale = records.culprits_alone(selection)
-                own_squares = self._by_lane(done.row, squares, scale)
-                factor = clip_factor(own_squares, config.optimizer.clip)
-            self._update(start, stop, done.row, grad, scale, factor, fine)
+            squares = torch.linalg.vector_norm(grad, dim=-1).square()
+            last = turn == config.update.inner_steps - 1
+            fine = update.path(done, grad, squares, shared_grad, last)
         assert first_loss is not None
         if config.model.router == "evidence":
             self._count(start, stop, selection, done.values, text, fine)
-        return StepResult(first_loss, selection, ~fine)
+        return StepResult(first_loss, selection, fine)
 
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
         a, update = self.arena, self.arena.config.update
@@ -314,85 +300,16 @@ class Engine:
             from k1.kernels.select import select_paths_fused as select
         return select(measured, last, step, uniform, a.leaves(start, stop), rules)
 
-    def _clip(
-        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Clip factor [L] and whether all gradients that matter are finite [L]."""
-        if self.arena.config.update.shared_scale > 0:
-            squares = squares + shared_grad.square().sum(1)
-        return clip_factor(squares, self.arena.config.optimizer.clip), torch.isfinite(squares)
-
-    def _rate(self, start: int, stop: int) -> Tensor:
-        """Learning rate [L] of this step at displacement scale 1."""
-        a, warmup = self.arena, self.arena.config.optimizer.warmup
-        rise = ((a["step"][start:stop] + 1) / max(1, warmup)).clamp(max=1.0)
-        return a["lr"][start:stop] * a["lr_factor"][start:stop] * rise
-
-    def _by_lane(self, row: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-        """Sum values [M] of those arena rows that have a displacement [L, S], by lane: [L]."""
-        own = (
-            row // (self.arena.scratch + 1) == torch.arange(len(scale), device=row.device)[:, None]
-        )
-        # No products: one lane's NaN is its own.
-        return torch.where(own & (scale.flatten()[row] > 0), values, 0.0).sum(1)
-
-    def _update(
-        self,
-        start: int,
-        stop: int,
-        row: Tensor,
-        grad: Tensor,
-        scale: Tensor,
-        factor: Tensor,
-        fine: Tensor,
-    ) -> None:
-        """Make the optimizer step of some blocks.
-
-        Args:
-            start: first lane.
-            stop: one past the last lane.
-            row: int64 [M]: the blocks' rows among those of the lanes.
-            grad: [M, P].
-            scale: displacement [L, S]; a block at 0 stays as it is.
-            factor: of the gradients [L].
-            fine: bool [L]: a lane that is not stays as it is.
-        """
-        a = self.arena
-        lane, scale = row // (a.scratch + 1), scale.flatten()[row]
-        on, rate = (scale > 0) & fine[lane], self._rate(start, stop)[lane] * scale
-        state = [a[name][start:stop].flatten(0, 1) for name in _ROWS]
-        self._adamw(state, row, grad, rate, on, factor[lane])
-
-    def _update_shared(
-        self, start: int, stop: int, grad: Tensor, factor: Tensor, fine: Tensor
-    ) -> None:
-        scale = self.arena.config.update.shared_scale
-        row = torch.arange(stop - start, device=grad.device)
-        state = [self.arena[name][start:stop] for name in _SHARED_ROWS]
-        rate = self._rate(start, stop) * scale
-        self._adamw(state, row, grad, rate, fine & (scale > 0), factor)
-
-    def _adamw(
-        self,
-        state: list[Tensor],
-        row: Tensor,
-        grad: Tensor,
-        rate: Tensor,
-        on: Tensor,
-        factor: Tensor,
-    ) -> None:
-        """Step rows of (weight, first, second, count), in place."""
-        weight, first, second, count = state
-        config = self.arena.config.optimizer
+    def _update(self, start: int, stop: int, selection: Selection) -> Update | FusedUpdate:
+        """Begin the update of what is selected."""
+        kind: type[Update | FusedUpdate] = Update
         if self.backend.kernels:
-            from k1.kernels.adamw import adamw_rows
+            from k1.kernels.update import FusedUpdate as kind
+        return kind(self.arena, start, stop, selection, self._sharers(start, stop))
 
-            adamw_rows(weight, first, second, count, row, grad, rate, on, factor, config)
-            return
-        old = Rows(weight[row], first[row], second[row], count[row])
-        new = adamw(old, grad * factor[:, None], rate, on, config)
-        for target, value in zip(state, vars(new).values(), strict=True):
-            target[row] = value
+    def _sharers(self, start: int, stop: int) -> Tensor | None:
+        """Lanes whose shared part is updated: bool [L], or None for all."""
+        return None
 
     def _count(
         self,

@@ -124,6 +124,13 @@ class PathPass:
         slots = self.forest.rows.shape[1]
         return torch.cat([flat_index(path.slot, slots) for path in self.paths])
 
+    @cached_property
+    def place(self) -> Tensor:
+        """Where in `row` an arena row stands: int64 [L * S], -1 if nowhere; scratch anywhere."""
+        lanes, slots, _ = self.forest.rows.shape
+        nowhere = torch.full((lanes * slots,), -1, dtype=torch.int64, device=self.row.device)
+        return nowhere.scatter(0, self.row, torch.arange(len(self.row), device=self.row.device))
+
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [L], gradients [M, P] of the path blocks and [L, Q] of the shared part.
 

@@ -23,9 +23,13 @@ class StepResult:
     loss: Tensor
     """float32 [L]: nats per token before the update."""
     selection: Selection
-    skipped: Tensor
-    """bool [L]: a gradient was not finite, so nothing was updated (but what inner steps had updated
-    before)."""
+    fine: Tensor
+    """bool [L]: all gradients that matter were finite."""
+
+    @property
+    def skipped(self) -> Tensor:
+        """Not fine [L], so nothing was updated (but what inner steps had updated before)."""
+        return ~self.fine
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,16 @@ def count_text(
 ) -> None:
     """Add the batch's bigrams to the updated blocks, by their share of the routing."""
     counts, ev = arena["evidence"][start:stop], arena.config.evidence
+    levels, shares = arena.index(start, stop)[1:], done.share[1:]
+    if kernels:
+        from k1.kernels.evidence import count_fused
+
+        count_fused(counts, levels, shares, selection.scale, fine, text, ev)
+        return
     moved = (selection.scale > 0) & fine[:, None]
-    for index, share in zip(arena.index(start, stop)[1:], done.share[1:], strict=True):
+    for index, share in zip(levels, shares, strict=True):
         slots = torch.arange(index.offset, index.offset + index.width, device=arena.device)
         on = moved[:, index.offset : index.offset + index.width]
-        if kernels:
-            from k1.kernels.evidence import add_counts_fused
-
-            where = torch.where(on, slots, -1)
-            add_counts_fused(counts, where, share, text.bigram, text.context, text.valid, ev)
-            continue
         most = max(1, int(on.sum(1).max()))
         order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
         valid = on.gather(1, order)
@@ -95,9 +99,9 @@ def record(arena: Arena, start: int, stop: int, result: StepResult, kernels: boo
     if kernels:
         from k1.kernels.select import record_step
 
-        record_step(a.state, lanes, result.selection, result.loss, result.skipped, _MEMORY)
+        record_step(a.state, lanes, result.selection, result.loss, result.fine, _MEMORY)
         return
-    step, fine = a["step"][lanes], ~result.skipped
+    step, fine = a["step"][lanes], result.fine
     updated = (result.selection.scale > 0) & fine[:, None]
     a["updates"][lanes] += updated
     a["last_update"][lanes] = torch.where(updated, step[:, None], a["last_update"][lanes])

@@ -29,40 +29,47 @@ def arena(size, generator, rows=14):
     return Rows(draw(), draw(), draw().square(), count)
 
 
-def check_rows(name, size, dtype=torch.float32, device="cpu"):
-    from k1.kernels.adamw import adamw_rows
+def check_rows(name, size, dtype=torch.float32, device="cpu", some=True):
+    from k1.kernels.adamw import Moves, move_rows
 
     generator = torch.Generator().manual_seed(size)
     config, before = CONFIGS[name], arena(size, generator)
-    grad = torch.randn(len(ROW), size, generator=generator).to(dtype)
-    grad[~ON] = math.nan
-    rate = torch.rand(len(ROW), generator=generator) * 1e-2
-    factor = torch.tensor([0.5, 1.0]).repeat_interleave(5)
-    before = Rows(*(value.to(device) for value in vars(before).values()))
-    step = [value.to(device) for value in (ROW, grad, rate, ON, factor)]
-    row, grad, rate, on, factor = step
+    row, on = (ROW, ON) if some else (torch.arange(12), torch.arange(12) % 3 > 0)
+    grad = torch.randn(len(row), size, generator=generator).to(dtype)
+    grad[~on] = math.nan
+    rate = torch.rand(len(row), generator=generator) * 1e-2
+    factor = torch.linspace(0.5, 1.0, len(row))
     own = row[on]
     picked = Rows(*(value[1:-1][own] for value in vars(before).values()))
-    steps = (grad[on].float() * factor[on][:, None], rate[on], on[on], config)
-    expected = {key: value.clone() for key, value in vars(before).items()}
-    for key, value in vars(adamw(picked, *steps)).items():
-        expected[key][1:-1][own] = value
-    found = {key: value.clone() for key, value in vars(before).items()}
-    adamw_rows(*(value[1:-1] for value in found.values()), *step, config)
-    written = torch.zeros(14, dtype=torch.bool)
-    written[1:-1][ROW[ON]] = True
-    assert torch.equal(found["count"].cpu(), before.count.cpu() + written)
-    for key, value in found.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
-        still, old = value.cpu()[~written], getattr(before, key).cpu()[~written]
-        assert torch.equal(still, old), key
-        assert not torch.equal(value.cpu()[written], getattr(before, key).cpu()[written]), key
+    wanted = adamw(picked, grad[on].float() * factor[on][:, None], rate[on], on[on], config)
+    moves = Moves(torch.zeros(12, dtype=torch.bool), torch.full((12, 4), math.nan))
+    moves.on[own] = True
+    count = wanted.count.double()
+    corrections = [1 - beta**count for beta in (config.beta1, config.beta2)]
+    moves.terms[own] = torch.stack([rate[on], factor[on], *corrections], dim=1).float()
+    moves = Moves(moves.on.to(device), moves.terms.to(device))
+    found = [value.clone().to(device) for value in (before.weight, before.first, before.second)]
+    move_rows(
+        *(value[1:-1] for value in found), row.to(device) if some else None, grad.to(device),
+        moves, config,
+    )  # fmt: skip
+    still = torch.ones(14, dtype=torch.bool)
+    still[1:-1][own] = False
+    for key, value in zip(("weight", "first", "second"), found, strict=True):
+        old, value = getattr(before, key), value.cpu()
+        torch.testing.assert_close(value[1:-1][own], getattr(wanted, key), rtol=1e-6, atol=1e-7)
+        assert torch.equal(value[still], old[still]), key
+        assert not torch.equal(value[~still], old[~still]), key
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [40, 2500])
 def test_rows_equal_the_plain_optimizer(interpreted, name, size):
     interpreted(check_rows, name, size)
+
+
+def test_all_rows_in_order(interpreted):
+    interpreted(check_rows, "usual", 40, torch.float32, "cpu", False)
 
 
 def test_gradients_may_be_bfloat16(interpreted):
@@ -76,3 +83,6 @@ class TestOnGpu:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_rows_equal_the_plain_optimizer(self, name, dtype):
         check_rows(name, 5000, dtype, "cuda")
+
+    def test_all_rows_in_order(self):
+        check_rows("usual", 5000, torch.float32, "cuda", False)

@@ -20,9 +20,13 @@ class Case:
     def __init__(self, level, time, windows=2, seed=0):
         draw = Draw(seed)
         self.parent, self.child = ragged_levels()[level : level + 2]
+        self.levels = ragged_levels()[1:]
         width, offset = self.child.width, self.child.offset
         self.lanes = self.child.alive.shape[0]
         self.counts = (draw.uniform(self.lanes, 24, 3, TABLE) ** 3 * 5 * UNIT).long()
+        self.below = torch.zeros(24, dtype=torch.bool, device=device())
+        for index in self.levels:
+            self.below[index.offset : index.offset + index.width] = True
         self.level_counts = self.counts[:, offset : offset + width]
         self.tokens = (draw.uniform(self.lanes, windows, time) * 97).long()
         self.starts = draw.uniform(self.lanes, windows, time) < 0.15
@@ -98,47 +102,58 @@ def check_first_tokens():
     assert case.starts.any() and not found[first].any()
 
 
-def shares(case, picked=3):
-    """Slots and shares [L, P, N] in which the last slot is the scratch slot, with share 0."""
+def counted(case):
+    """Shares [L, W, N] of the levels below the root, scales [L, S] and which lanes are fine."""
     draw, tokens = Draw(5), case.tokens[0].numel()
-    slots = torch.stack([torch.randperm(23, generator=draw.generator) for _ in range(case.lanes)])
-    slots = slots[:, :picked].to(device())
-    share = draw.uniform(case.lanes, picked, tokens)
-    share[:, 0] = (share[:, 0] * 2 * UNIT).floor() / 2 / UNIT  # many halfway between two integers
-    slots[1, 1:] = 23
-    share[1, 1:] = 0
-    share[0, 0, :5] = 0
-    return slots, share
+    shares = [draw.uniform(case.lanes, index.width, tokens) for index in case.levels]
+    for share in shares:
+        # Many halfway between two integers.
+        share[:, 0] = (share[:, 0] * 2 * UNIT).floor() / 2 / UNIT
+        share[0, 0, :5] = 0
+    scale = (draw.uniform(case.lanes, 24) - 0.4).clamp(min=0)
+    scale[:, -1] = 0
+    return shares, scale, torch.arange(case.lanes, device=device()) != 2
+
+
+def plain_counts(case, counts, shares, scale, fine):
+    for index, share in zip(case.levels, shares, strict=True):
+        slots = index.offset + torch.arange(index.width, device=device()).expand(case.lanes, -1)
+        on = (scale.gather(1, slots) > 0) & fine[:, None]
+        share = torch.where(on[..., None], share, 0.0)
+        add_counts(
+            counts, slots, share, case.text.bigram, case.text.context, case.text.valid, CONFIG
+        )
 
 
 def check_counts(windows):
-    from k1.kernels.evidence import add_counts_fused
+    from k1.kernels.evidence import count_fused
 
     case = Case(0, 16, windows)
-    slots, share = shares(case)
-    args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+    shares, scale, fine = counted(case)
     expected, found, before = (case.counts.clone() for _ in range(3))
-    add_counts(expected, slots, share, *args)
-    add_counts_fused(found, slots, share, *args)
-    assert torch.equal(found, expected) and not torch.equal(found, before)
-    assert torch.equal(found[:, -1], before[:, -1])
+    plain_counts(case, expected, shares, scale, fine)
     # A block that counts nothing may have any share.
-    share[:, 0] = torch.nan
-    add_counts_fused(before, torch.full_like(slots, -1), share, *args)
-    assert torch.equal(before, case.counts) and not torch.equal(before, found)
+    for share in shares:
+        share[2] = torch.nan
+    shares[0][0][scale[0, 1 : 1 + shares[0].shape[1]] == 0] = torch.nan
+    count_fused(found, case.levels, shares, scale, fine, case.text, CONFIG)
+    assert torch.equal(found, expected)
+    changed = (found != before).flatten(2).any(2)
+    assert torch.equal(changed, (scale > 0) & fine[:, None] & case.below)
+    assert shares[0].isnan().any() and changed.sum() > 10
 
 
 def check_counts_in_a_view():
-    from k1.kernels.evidence import add_counts_fused
+    from k1.kernels.evidence import count_fused
 
     case = Case(0, 16)
-    slots, share = shares(case)
-    args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+    shares, scale, fine = counted(case)
+    shares[0] = shares[0][..., :1].expand_as(shares[0])
     wide = torch.zeros(case.lanes, 30, 3, TABLE, dtype=torch.int64, device=device())
-    add_counts_fused(wide[:, 2:26], slots, share[..., :1].expand_as(share), *args)
+    count_fused(wide[:, 2:26], case.levels, shares, scale, fine, case.text, CONFIG)
     expected = torch.zeros_like(wide)
     view = expected[:, 2:26].clone()
-    add_counts(view, slots, share[..., :1].expand_as(share), *args)
+    plain_counts(case, view, shares, scale, fine)
     expected[:, 2:26] = view
     assert torch.equal(wide, expected) and wide.any()
 
@@ -173,15 +188,14 @@ class TestOnGpu:
     pytestmark = ON_GPU
 
     def test_in_a_graph_the_bits_are_the_same(self):
-        from k1.kernels.evidence import add_counts_fused
+        from k1.kernels.evidence import count_fused
 
         case = Case(1, 64, windows=9)
-        slots, share = shares(case)
-        args = case.text.bigram, case.text.context, case.text.valid, CONFIG
+        shares, scale, fine = counted(case)
 
         def both():
             counts = torch.zeros_like(case.counts)
-            add_counts_fused(counts, slots, share, *args)
+            count_fused(counts, case.levels, shares, scale, fine, case.text, CONFIG)
             return [case.fused(), counts]
 
         assert repeats_in_a_graph(both)

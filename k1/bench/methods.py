@@ -143,16 +143,8 @@ class CoordinateEngine(Engine):
         record(self.arena, start, stop, result, self.backend.kernels)
         return result
 
-    def _clip(
-        self, start: int, stop: int, squares: Tensor, shared_grad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        shared_grad = torch.where(self.shared_on[start:stop, None], shared_grad, 0.0)
-        return super()._clip(start, stop, squares, shared_grad)
-
-    def _update_shared(
-        self, start: int, stop: int, grad: Tensor, factor: Tensor, fine: Tensor
-    ) -> None:
-        super()._update_shared(start, stop, grad, factor, fine & self.shared_on[start:stop])
+    def _sharers(self, start: int, stop: int) -> Tensor:
+        return self.shared_on[start:stop]
 
     def _count(
         self,

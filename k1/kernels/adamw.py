@@ -1,11 +1,12 @@
 """AdamW on chosen rows, in place: `k1.optimizer.adamw` without gathering and scattering the rows.
 
-Two launches. The first, one program per row, raises the step counts and works out the bias
-corrections; the second, one program per block of a row, moves the numbers. Rows that are off are
-neither read nor written.
+Which rows move, how fast, and by which bias corrections is given (`k1.kernels.update` plans it).
+Rows that do not move are neither read nor written.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,35 +18,21 @@ from k1.config import OptimizerConfig
 _BLOCK = 1024
 
 
-@triton.jit
-def _count_steps(
-    count,
-    slots,
-    on,
-    corrections,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-):
-    row = tl.program_id(0)
-    active = tl.load(on + row) != 0
-    count += tl.load(slots + row)
-    steps = tl.load(count, mask=active, other=0) + 1
-    tl.store(count, steps, mask=active)
+@dataclass(frozen=True)
+class Moves:
+    """What each row of a state does in a step."""
 
-    # Powers by squaring, in float64: in float32 they would be off by a millionth for small counts.
-    power1 = tl.full((), 1.0, tl.float64)
-    power2 = tl.full((), 1.0, tl.float64)
-    base1 = tl.full((), BETA1, tl.float64)
-    base2 = tl.full((), BETA2, tl.float64)
-    for _ in range(0, 32):
-        odd = (steps & 1) == 1
-        power1 = tl.where(odd, power1 * base1, power1)
-        power2 = tl.where(odd, power2 * base2, power2)
-        base1 = base1 * base1
-        base2 = base2 * base2
-        steps = steps >> 1
-    tl.store(corrections + 2 * row, (1.0 - power1).to(tl.float32))
-    tl.store(corrections + 2 * row + 1, (1.0 - power2).to(tl.float32))
+    on: Tensor
+    """bool [R]: it moves."""
+    terms: Tensor
+    """float32 [R, 4]: learning rate (displacement scale included), factor of the gradient, bias
+    corrections of the first and of the second moment; anything where a row is not on."""
+
+    @staticmethod
+    def empty(rows: int, device: torch.device) -> Moves:
+        """Make room for the moves of a number of rows."""
+        on = torch.empty(rows, dtype=torch.bool, device=device)
+        return Moves(on, torch.empty(rows, 4, device=device))
 
 
 @triton.jit
@@ -55,10 +42,8 @@ def _move_rows(
     second,
     slots,
     grad,
-    rate,
     on,
-    factor,
-    corrections,
+    terms,
     size,
     parts,
     slot_stride,
@@ -69,23 +54,28 @@ def _move_rows(
     DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0) // parts
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + row)
     at = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < size) & (tl.load(on + row) != 0)
-    here = tl.load(slots + row) * slot_stride + at
-    there = row.to(tl.int64) * grad_stride + at
+    mask = (at < size) & (tl.load(on + slot) != 0)
+    here = slot * slot_stride + at
+    there = row * grad_stride + at
+    terms += 4 * slot
+    speed = tl.load(terms)
+    factor = tl.load(terms + 1)
 
-    g = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32) * tl.load(factor + row)
+    g = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32) * factor
     w = tl.load(weight + here, mask=mask, other=0.0)
     m = tl.load(first + here, mask=mask, other=0.0)
     v = tl.load(second + here, mask=mask, other=0.0)
-    speed = tl.load(rate + row)
 
     # From the nearer end, as torch interpolates: a beta of 0 then gives the gradient itself.
     m = m + (1.0 - BETA1) * (g - m) if BETA1 > 0.5 else g - BETA1 * (g - m)
     v = v * BETA2 + g * g * (1.0 - BETA2)
-    step = tl.div_rn(m, tl.load(corrections + 2 * row))
-    root = tl.sqrt_rn(tl.div_rn(v, tl.load(corrections + 2 * row + 1)))
+    step = tl.div_rn(m, tl.load(terms + 2))
+    root = tl.sqrt_rn(tl.div_rn(v, tl.load(terms + 3)))
     step = tl.div_rn(step, root + EPS)
     w = w * (1.0 - speed * DECAY) - speed * step
 
@@ -94,44 +84,38 @@ def _move_rows(
     tl.store(second + here, v, mask=mask)
 
 
-def adamw_rows(
+def move_rows(
     weight: Tensor,
     first: Tensor,
     second: Tensor,
-    count: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     grad: Tensor,
-    rate: Tensor,
-    on: Tensor,
-    factor: Tensor,
+    moves: Moves,
     config: OptimizerConfig,
 ) -> None:
     """Make one AdamW step, in place, of the rows that are on; others stay bit for bit.
 
     Args:
-        weight: float32 [S, P], each row contiguous; strided as the moments are.
+        weight: float32 [R, P], each row contiguous; strided as the moments are.
         first: first moments, like `weight`.
         second: second moments, like `weight`.
-        count: int64 [S]: steps that each row has made.
-        row: int64 [M]: which rows; those that are on differ from each other.
+        row: int64 [M]: which rows have gradients; those that are on differ from each other. None
+            for all, in order.
         grad: float32 or bfloat16 [M, P], each row contiguous.
-        rate: float32 [M]: learning rate of each row, displacement scale included.
-        on: bool [M].
-        factor: float32 [M]: what each gradient is multiplied by.
+        moves: of all rows.
         config: the decay rates and the weight decay.
     """
     rows, size = grad.shape
     if not weight.stride() == first.stride() == second.stride():
         raise ValueError("weight, first and second are not strided alike")
-    if not weight.stride(1) == grad.stride(1) == count.stride(0) == 1:
-        raise ValueError("rows and counts must be contiguous")
-    row, rate, on, factor = (t.contiguous() for t in (row, rate, on, factor))
-    corrections = torch.empty(rows, 2, dtype=torch.float32, device=weight.device)
-    betas = {"BETA1": config.beta1, "BETA2": config.beta2}
-    _count_steps[(rows,)](count, row, on, corrections, **betas, num_warps=1)
+    if not weight.stride(1) == grad.stride(1) == 1:
+        raise ValueError("rows must be contiguous")
+    if row is not None:
+        row = row.contiguous()
     parts = triton.cdiv(size, _BLOCK)
     _move_rows[(rows * parts,)](
-        weight, first, second, row, grad, rate, on, factor, corrections,
+        weight, first, second, row, grad, moves.on, moves.terms,
         size, parts, weight.stride(0), grad.stride(0),
-        **betas, EPS=config.eps, DECAY=config.weight_decay, BLOCK=_BLOCK, num_warps=4,
+        BETA1=config.beta1, BETA2=config.beta2, EPS=config.eps, DECAY=config.weight_decay,
+        BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def _normed(x, D: tl.constexpr):
 
 @triton.jit
 def _gelu(x):
-    """x times the normal distribution function, to 5e-6.
+    """X times the normal distribution function, to 5e-6.
 
     That function is 1 / (1 + 2^p(x)) with an odd polynomial p, fitted to it: this takes a third of
     the instructions of `tl.erf`, which would be the larger part of a block's.

@@ -5,6 +5,8 @@ What is computed, and why, is in `k1.evidence`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,9 @@ from torch import Tensor
 from k1.config import EvidenceConfig
 from k1.evidence import CURRENT, UNIT
 from k1.topology import LevelIndex
+
+if TYPE_CHECKING:
+    from k1.forward import Text
 
 MAX_TIME = 256
 """Longest window of `level_evidence_fused`; windows have a power of two of tokens."""
@@ -141,91 +146,100 @@ def level_evidence_fused(
     return out
 
 
-@triton.jit(do_not_specialize=["picked"])
+@triton.jit
 def _add_counts(
     counts: tl.tensor,
-    slots: tl.tensor,
-    share: tl.tensor,
+    shares: tl.tuple,
+    widths: tl.tuple,
+    scale: tl.tensor,
+    fine: tl.tensor,
     bigram: tl.tensor,
     context: tl.tensor,
     valid: tl.tensor,
+    slots: tl.tensor,
     tokens: tl.tensor,
     token_blocks: tl.tensor,
-    picked: tl.tensor,
     counts_lane: tl.tensor,
     counts_slot: tl.tensor,
     counts_age: tl.tensor,
-    share_lane: tl.tensor,
-    share_picked: tl.tensor,
-    share_token: tl.tensor,
+    OFFSETS: tl.constexpr,
     BUCKETS: tl.constexpr,
     UNITS: tl.constexpr,
     AGE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """One picked block of one lane, and a block of tokens."""
+    """One slot of one lane, and a block of tokens."""
     program = tl.program_id(0)
     row = (program // token_blocks).to(tl.int64)
-    lane = row // picked
-    slot = tl.load(slots + row)
-    if slot < 0:
-        return
-    n = (program % token_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    inside = n < tokens
-    at = share + lane * share_lane + (row % picked) * share_picked + n * share_token
-    exact = tl.load(at, mask=inside, other=0.0) * UNITS
-    # To the nearest integer, ties to even, as torch.round. Shares are not negative.
-    weight = exact.to(tl.int64)
-    rest = exact - weight.to(tl.float32)
-    weight += ((rest > 0.5) | ((rest == 0.5) & (weight % 2 == 1))).to(tl.int64)
-    known = tl.load(valid + lane * tokens + n, mask=inside, other=0) != 0
-    counted = inside & known & (weight > 0)
-    table = counts + lane * counts_lane + slot * counts_slot + AGE * counts_age
-    pair = tl.load(bigram + lane * tokens + n, mask=counted, other=0)
-    before = tl.load(context + lane * tokens + n, mask=counted, other=0)
-    # Integers: the order of addition changes nothing.
-    tl.atomic_add(table + pair, weight, mask=counted, sem="relaxed")
-    tl.atomic_add(table + BUCKETS + before, weight, mask=counted, sem="relaxed")
+    lane, slot = row // slots, row % slots
+    if (tl.load(scale + row) > 0) & (tl.load(fine + lane) != 0):
+        n = (program % token_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        inside = n < tokens
+        exact = tl.zeros((BLOCK_TOKENS,), tl.float32)
+        for level in tl.static_range(len(OFFSETS)):
+            place = slot - OFFSETS[level]
+            width = tl.full((), widths[level], tl.int32)
+            own = (place >= 0) & (place < width)
+            at = shares[level] + (lane * width + place) * tokens + n
+            exact += tl.load(at, mask=inside & own, other=0.0)
+        exact *= UNITS
+        # To the nearest integer, ties to even, as torch.round. Shares are not negative.
+        weight = exact.to(tl.int64)
+        rest = exact - weight.to(tl.float32)
+        weight += ((rest > 0.5) | ((rest == 0.5) & (weight % 2 == 1))).to(tl.int64)
+        known = tl.load(valid + lane * tokens + n, mask=inside, other=0) != 0
+        counted = inside & known & (weight > 0)
+        table = counts + lane * counts_lane + slot * counts_slot + AGE * counts_age
+        pair = tl.load(bigram + lane * tokens + n, mask=counted, other=0)
+        before = tl.load(context + lane * tokens + n, mask=counted, other=0)
+        # Integers: the order of addition changes nothing.
+        tl.atomic_add(table + pair, weight, mask=counted, sem="relaxed")
+        tl.atomic_add(table + BUCKETS + before, weight, mask=counted, sem="relaxed")
 
 
-def add_counts_fused(
+def count_fused(
     counts: Tensor,
-    slots: Tensor,
-    share: Tensor,
-    bigram: Tensor,
-    context: Tensor,
-    valid: Tensor,
+    levels: list[LevelIndex],
+    shares: list[Tensor],
+    scale: Tensor,
+    fine: Tensor,
+    text: Text,
     config: EvidenceConfig,
 ) -> None:
-    """Count a batch for the blocks that were held responsible for it, in place.
+    """Count a batch for the blocks that were held responsible for it, in place, in one launch.
 
-    The same as `k1.evidence.add_counts`, without temporaries.
+    The same as `k1.evidence.add_counts` level by level, without temporaries.
 
     Args:
         counts: int64 [L, S, 3, buckets + context_buckets].
-        slots: int64 [L, P]; -1 for a block that counts nothing, whatever its share. Where the
-            share is 0 (the scratch slot) nothing is touched.
-        share: float32 [L, P, N]: routing weight of each block at each token, not negative.
-        bigram: int64 [L, B, T].
-        context: int64 [L, B, T].
-        valid: bool [L, B, T]: positions that have a predecessor in their document.
+        levels: where the levels below the root lie.
+        shares: float32 [L, W, N] for each of them: routing weight of each block at each token, not
+            negative.
+        scale: float32 [L, S]: a block at 0 counts nothing, whatever its share.
+        fine: bool [L]: a lane that is not counts nothing.
+        text: the batch as the routers see it.
         config: the numbers of buckets.
     """
-    lanes, picked, tokens = share.shape
+    if not levels:
+        return
+    (lanes, slots), tokens = scale.shape, shares[0].shape[2]
     size = min(256, triton.next_power_of_2(tokens))
     blocks = triton.cdiv(tokens, size)
-    _add_counts[(lanes * picked * blocks,)](
+    _add_counts[(lanes * slots * blocks,)](
         counts,
-        slots.contiguous(),
-        share,
-        bigram.contiguous(),
-        context.contiguous(),
-        valid.contiguous(),
+        tuple(share.detach().contiguous() for share in shares),
+        # Integers in a tuple would be compiled anew when a tree grows; floats are not.
+        tuple(float(index.width) for index in levels),
+        scale.contiguous(),
+        fine,
+        text.bigram.contiguous(),
+        text.context.contiguous(),
+        text.valid.contiguous(),
+        slots,
         tokens,
         blocks,
-        picked,
         *counts.stride()[:3],
-        *share.stride(),
+        OFFSETS=tuple(index.offset for index in levels),
         BUCKETS=config.buckets,
         UNITS=UNIT,
         AGE=CURRENT,

@@ -183,7 +183,7 @@ def list_paths(on_path: Tensor, leaves: Leaves, counts: tuple[int, ...]) -> Path
 
 @triton.jit
 def _record(
-    scale_ptr, culprit_ptr, loss_ptr, skipped_ptr,
+    scale_ptr, culprit_ptr, loss_ptr, fine_ptr,
     updates_ptr, last_update_ptr, visits_ptr, last_culprit_ptr,
     blocks_ptr, mean_ptr, skips_ptr, step_ptr, cursor_ptr,
     S, memory, PICKS: tl.constexpr, SP: tl.constexpr,
@@ -193,12 +193,12 @@ def _record(
     inside = s < S
     here = lane * S + s
     step = tl.load(step_ptr + lane)
-    skipped = tl.load(skipped_ptr + lane) != 0
-    updated = (tl.load(scale_ptr + here, mask=inside, other=0.0) > 0) & (skipped == 0)
+    fine = tl.load(fine_ptr + lane) != 0
+    updated = (tl.load(scale_ptr + here, mask=inside, other=0.0) > 0) & fine
     hit = tl.zeros((SP,), tl.int1)
     for pick in range(PICKS):
         hit = hit | (s == tl.load(culprit_ptr + lane * PICKS + pick))
-    hit = hit & (skipped == 0)
+    hit = hit & fine
     now = step + s.to(tl.int64) * 0
     before = tl.load(updates_ptr + here, mask=inside, other=0)
     tl.store(updates_ptr + here, before + 1, mask=inside & updated)
@@ -210,14 +210,14 @@ def _record(
     tl.store(blocks_ptr + lane, tl.load(blocks_ptr + lane) + blocks)
     loss, mean = tl.load(loss_ptr + lane), tl.load(mean_ptr + lane)
     running = tl.where(mean == 0, loss, mean * memory + loss * (1 - memory))
-    tl.store(mean_ptr + lane, tl.where(skipped, mean, running))
-    tl.store(skips_ptr + lane, tl.load(skips_ptr + lane) + skipped.to(tl.int64))
+    tl.store(mean_ptr + lane, tl.where(fine, running, mean))
+    tl.store(skips_ptr + lane, tl.load(skips_ptr + lane) + (fine == 0).to(tl.int64))
     tl.store(step_ptr + lane, step + 1)
     tl.store(cursor_ptr + lane, tl.load(cursor_ptr + lane) + 1)
 
 
 def record_step(
-    state: dict[str, Tensor], lanes: slice, selection: Selection, loss: Tensor, skipped: Tensor,
+    state: dict[str, Tensor], lanes: slice, selection: Selection, loss: Tensor, fine: Tensor,
     memory: float,
 ) -> None:  # fmt: skip
     """Write a step into the records of its lanes, in place.
@@ -227,14 +227,14 @@ def record_step(
         lanes: which lanes made the step.
         selection: what was updated.
         loss: float32 [L].
-        skipped: bool [L]: nothing was updated.
+        fine: bool [L]: it was not skipped.
         memory: decay of the running mean of the loss.
     """
     by_block = ("updates", "last_update", "visits", "last_culprit")
     by_lane = ("blocks_updated", "loss", "skipped", "step", "data_cursor")
     slots, picks = selection.scale.shape[1], selection.culprits.shape[1]
     _record[(len(loss),)](
-        selection.scale, selection.culprits, loss, skipped,
+        selection.scale, selection.culprits, loss, fine,
         *[state[name][lanes] for name in (*by_block, *by_lane)],
         slots, memory, PICKS=picks, SP=triton.next_power_of_2(slots),
         num_warps=1 if slots <= 128 else 4,

@@ -118,6 +118,12 @@ class TreePass:
         assert self._table is not None
         return self._table.row
 
+    @property
+    def place(self) -> Tensor:
+        """Where in `row` an arena row stands: int64 [L * S], -1 if nowhere."""
+        assert self._table is not None
+        return self._table.place
+
     def _fold_chosen(self, table: PathTable) -> Folded:
         return fold_fused(self._rows, self.forest.block_layout, self._flow.dtype, table.row)
 
@@ -195,7 +201,12 @@ class TreePass:
         gain, shift = shared["norm.weight"], shared["norm.bias"]
         hidden, normed, inverse = norm_forward(self.values.output.contiguous(), gain, shift)
         losses, by_hidden, _ = cross_entropy_gradients(
-            hidden, self._head, self._targets, scale=1 / tokens, by_head=into["head"], side=self._side
+            hidden,
+            self._head,
+            self._targets,
+            scale=1 / tokens,
+            by_head=into["head"],
+            side=self._side,
         )
         assert by_hidden is not None
         parts = norm_backward(by_hidden, normed, inverse, gain, grad[:lanes])
