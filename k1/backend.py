@@ -76,30 +76,47 @@ def _why_not(config: Config, device: torch.device) -> str | None:
 @functools.cache
 def _wrong(m: ModelConfig, device: torch.device) -> str | None:
     """Run the kernels once beside PyTorch: a compiler can be wrong for one size and not another."""
-    from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+    from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
+    from k1.kernels.weights import row_gradients
 
-    windows = 3
+    # Enough that a block's tokens are shared out between programs, and not evenly.
+    windows, layout = 1 + 1024 // m.context, block_layout(m)
     generator = torch.Generator().manual_seed(0)
-    rows = initial_rows(block_layout(m), 2, generator)
+    rows = initial_rows(layout, 2, generator)
     rows += torch.randn(rows.shape, generator=generator) * 0.05  # no piece is zero
-    folded = fold(block_layout(m).unpack(rows.to(device)), torch.bfloat16)
+    rows = rows.to(device)
+    folded = fold(layout.unpack(rows), torch.bfloat16)
     folded = Folded(*[t.contiguous() for t in folded.tensors()])
     exact = Folded(*[t.double() for t in folded.tensors()])
     shape = 2, windows * m.context, m.embed
-    x, dy = (torch.randn(shape, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    x, dy = draw(*shape), draw(*shape)
+    router = draw(*shape), draw(*shape[:2], m.max_children)
     with torch.enable_grad():
         at = x.double().requires_grad_()
         weights = [t.requires_grad_() for t in exact.tensors()]
         want = block_forward(exact, at.view(2, windows, m.context, m.embed), m.heads).view(shape)
-        wanted = torch.autograd.grad(want, [at, *weights], dy.double())
+        by_input, *by_weight = torch.autograd.grad(want, [at, *weights], dy.double())
+        raw = rows.double().requires_grad_()
+        refolded = fold(layout.unpack(raw), torch.float64).tensors()
+        (by_row,) = torch.autograd.grad(refolded, raw, by_weight)
+    wanted = layout.unpack(by_row)
+    normed, by_logits = (t.double() for t in router)
+    wanted["router.weight"] = torch.bmm(normed.transpose(1, 2), by_logits)
+    wanted["router.bias"] = by_logits.sum(1)
     here, sizes = torch.arange(2, device=device), (m.context, m.heads)
     kept = Kept.empty(2, shape[1], m.embed, m.feed_forward, x)
     factors, dx = Factors.empty(kept), torch.empty_like(x)
     plain = run_blocks(folded, x, here, here, *sizes)
     y = run_blocks(folded, x, here, here, *sizes, kept, here)
     backward_inputs(folded, kept, dy, factors, dx, *sizes)
-    found = plain, y, dx, *backward_weights(kept, factors, dy).tensors()
-    pairs = zip(found, (want, want, *wanted), strict=True)
+    found, squares = row_gradients(kept, factors, dy, router, rows, here, 3, 2, layout)
+    square = layout.pack(wanted).square().sum(1)
+    pairs = [(plain, want), (y, want), (dx, by_input), (squares, square)]
+    pairs += [(piece, wanted[name]) for name, piece in layout.unpack(found).items()]
     errors = [float((got - w.detach()).norm() / w.detach().norm()) for got, w in pairs]
     wrong = [error for error in errors if not error <= _TOLERANCE]  # NaN is wrong too
     return f"a kernel is off by {wrong[0]:.1e} on this device" if wrong else None

@@ -213,30 +213,6 @@ def fold(p: dict[str, Tensor], dtype: torch.dtype) -> Folded:
     )
 
 
-def unfold(p: dict[str, Tensor], grad: Folded) -> dict[str, Tensor]:
-    """Gradients of the pieces that `fold` was given, from those of its result, in float32."""
-    g = Folded(*[t.float() for t in grad.tensors()])
-    qkv, mlp_in = p["attention.qkv"], p["mlp.in"]
-    return {
-        "norm1.weight": (g.qkv * qkv).sum(-1),
-        "norm1.bias": torch.bmm(qkv, g.qkv_bias[..., None])[..., 0],
-        "attention.qkv": torch.addcmul(
-            p["norm1.bias"][..., None] * g.qkv_bias[:, None], p["norm1.weight"][..., None], g.qkv
-        ),
-        "attention.out": g.out,
-        "norm2.weight": (g.mlp_in * mlp_in).sum(-1),
-        "norm2.bias": torch.bmm(mlp_in, g.mlp_in_bias[..., None])[..., 0],
-        "mlp.in": torch.addcmul(
-            p["norm2.bias"][..., None] * g.mlp_in_bias[:, None],
-            p["norm2.weight"][..., None],
-            g.mlp_in,
-        ),
-        "mlp.in_bias": g.mlp_in_bias,
-        "mlp.out": g.mlp_out,
-        "mlp.out_bias": g.mlp_out_bias,
-    }
-
-
 def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     """Run blocks, each on its own input.
 

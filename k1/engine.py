@@ -184,10 +184,11 @@ class Engine:
             forest = a.forest(start, stop)
             table = all_blocks(forest, a.leaves(start, stop))
             done = TreePass(forest, batch, text, self._inner_side).run(table)
-            loss, grad, shared_grad = done.gradients()
-            norms = torch.linalg.vector_norm(grad, dim=-1)[table.place.clamp(min=0)]
+            found = done.gradients()
+            norms = found.squares.sqrt()[table.place.clamp(min=0)]
             measured = torch.where(table.place >= 0, norms, 0.0).view(stop - start, -1)
-            return FullGradients(loss, measured, [(table.row, grad)], shared_grad, done.values)
+            by_row = [(table.row, found.by_row)]
+            return FullGradients(found.loss, measured, by_row, found.by_shared, done.values)
         loss, grads, shared_grad, values = self.gradients(start, stop, batch, text)
         levels = a.index(start, stop)
         measured = responsibilities(grads, levels, a.scratch + 1)
@@ -270,11 +271,10 @@ class Engine:
         update = self._update(start, stop, selection)
         first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
-            loss, grad, shared_grad = done.gradients()
-            first_loss = loss if first_loss is None else first_loss
-            squares = torch.linalg.vector_norm(grad, dim=-1).square()
+            found = done.gradients()
+            first_loss = found.loss if first_loss is None else first_loss
             last = turn == config.update.inner_steps - 1
-            fine = update.path(done, grad, squares, shared_grad, last)
+            fine = update.path(done, found, last)
         assert first_loss is not None
         if config.model.router == "evidence":
             self._count(start, stop, selection, done.values, text, fine)

@@ -94,6 +94,20 @@ class PathBlocks:
     """Outputs [L, R, N, d] of each level."""
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass over M chosen blocks gives."""
+
+    loss: Tensor
+    """float32 [L]: nats per token."""
+    by_row: Tensor
+    """float32 [M, P]: of the chosen blocks."""
+    squares: Tensor
+    """float32 [M]: the sum of squares of each of them."""
+    by_shared: Tensor
+    """float32 [L, Q]: of the shared rows."""
+
+
 class PathPass:
     """All blocks forward, once; then the gradients of the path blocks."""
 
@@ -131,8 +145,8 @@ class PathPass:
         nowhere = torch.full((lanes * slots,), -1, dtype=torch.int64, device=self.row.device)
         return nowhere.scatter(0, self.row, torch.arange(len(self.row), device=self.row.device))
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss [L], gradients [M, P] of the path blocks and [L, Q] of the shared part.
+    def gradients(self) -> Gradients:
+        """Gradients of the path blocks and of the shared part.
 
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         """
@@ -149,7 +163,8 @@ class PathPass:
         by_row, by_shared = torch.autograd.grad(
             loss.sum(), [run.rows, run.shared], allow_unused=True, materialize_grads=True
         )
-        return loss.detach(), by_row, by_shared
+        squares = torch.linalg.vector_norm(by_row, dim=-1).square()
+        return Gradients(loss.detach(), by_row, squares, by_shared)
 
 
 def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlocks:

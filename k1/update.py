@@ -13,7 +13,7 @@ from torch import Tensor
 from k1.arena import Arena
 from k1.attribution import Selection
 from k1.optimizer import Rows, adamw, clip_factor
-from k1.path import PathPass
+from k1.path import Gradients, PathPass
 from k1.records import FullGradients, culprits_alone
 
 if TYPE_CHECKING:
@@ -61,35 +61,26 @@ class Update:
         self._move_shared(full.by_shared, factor)
         return self._fine
 
-    def path(
-        self,
-        done: PathPass | TreePass,
-        grad: Tensor,
-        squares: Tensor,
-        by_shared: Tensor,
-        last: bool,
-    ) -> Tensor:
+    def path(self, done: PathPass | TreePass, found: Gradients, last: bool) -> Tensor:
         """Move path blocks by their gradients: all that is selected, or the culprits alone.
 
         Args:
             done: the pass that the gradients come from.
-            grad: [M, P], in the order of `done.row`.
-            squares: squared norms [M] of these.
-            by_shared: gradient of the shared rows [L, Q].
+            found: the gradients.
             last: whether all moves; before that, the culprits do, clipped by their own norm.
 
         Returns:
             bool [L]: whether all gradients that matter have been finite so far.
         """
         scale = self._selection.scale
-        factor = self._clip(self._by_lane(done.row, squares, scale), by_shared)
+        factor = self._clip(self._by_lane(done.row, found.squares, scale), found.by_shared)
         if last:
-            self._move_shared(by_shared, factor)
+            self._move_shared(found.by_shared, factor)
         else:
             scale = culprits_alone(self._selection)
-            own = self._by_lane(done.row, squares, scale)
+            own = self._by_lane(done.row, found.squares, scale)
             factor = clip_factor(own, self._arena.config.optimizer.clip)
-        self._move(done.row, grad, scale, factor)
+        self._move(done.row, found.by_row, scale, factor)
         return self._fine
 
     def _clip(self, squares: Tensor, by_shared: Tensor) -> Tensor:

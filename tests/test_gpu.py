@@ -54,7 +54,7 @@ def test_a_path_gradient_is_the_full_gradient_of_the_leaf(make):
     done = engine.path_pass(0, 1, batch, text, selection)
     leaf = int(selection.culprits[0, 0])
     level = trainer.tree.blocks[leaf].level
-    found = done.gradients()[1][done.row.tolist().index(leaf)]
+    found = done.gradients().by_row[done.row.tolist().index(leaf)]
     expected = full[level][0, leaf - trainer.tree.offset[level]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -133,10 +133,10 @@ def test_the_kernels_gradients_are_those_of_plain_pytorch(make):
         measured = torch.arange(arena.scratch + 1.0, device="cuda")[None]
         selection = engine._select(0, 1, measured)
         done = engine.path_pass(0, 1, batch, text, selection)
-        loss, grad, shared = done.gradients()
-        rows = dict(zip(done.row.tolist(), grad, strict=True))
+        by = done.gradients()
+        rows = dict(zip(done.row.tolist(), by.by_row, strict=True))
         rows.pop(arena.scratch, None)
-        found[name] = loss, rows, shared
+        found[name] = by.loss, rows, by.by_shared
     assert found["plain"][1].keys() == found["fused"][1].keys()
     torch.testing.assert_close(found["fused"][0], found["plain"][0], rtol=1e-3, atol=0)
     pairs = [(found["fused"][1][row], want) for row, want in found["plain"][1].items()]

@@ -8,6 +8,7 @@ import torch
 
 from k1.arena import Arena
 from k1.attribution import Selection
+from k1.path import Gradients
 from k1.records import FullGradients
 from k1.update import ROWS, SHARED_ROWS, Update
 from tests.kernel_harness import Draw, device
@@ -128,9 +129,8 @@ def check_update(name, full, inner=1):
             if bad == "block" and turn == when:
                 grad[done.place[BAD_LANE * slots + 4], 3] = value
             squares = torch.linalg.vector_norm(grad, dim=-1).square()
-            fine = [
-                update.path(done, grad, squares, by_shared, turn == inner - 1) for update in updates
-            ]
+            found = Gradients(by_shared.new_zeros(LANES), grad, squares, by_shared)
+            fine = [update.path(done, found, turn == inner - 1) for update in updates]
     assert torch.equal(*fine)
     matters = bad == "block" or (config.update.shared_scale > 0 and sharers is None)
     assert fine[0].tolist() == [True, not (bad and matters), True]

@@ -115,8 +115,8 @@ def test_everything_at_scale_one_is_torch_adamw(make, mode, clip):
         if mode == "sparse":  # the same numbers: Adam magnifies rounding where a gradient is tiny
             all_leaves = select(trainer, *range(4, 10))
             done = trainer.engine.path_pass(0, 1, batch, text, all_leaves)
-            _, grads, shared = done.gradients()
-            rows = dict(zip(done.row.tolist(), grads, strict=True))
+            found = done.gradients()
+            rows, shared = dict(zip(done.row.tolist(), found.by_row, strict=True)), found.by_shared
         else:
             _, grads, shared, _ = trainer.engine.gradients(0, 1, batch, text)
             level = {s: (b.level, s - trainer.tree.offset[b.level]) for s, b in blocks.items()}
@@ -146,16 +146,17 @@ def both_gradients(trainer, selection):
     text = read_text(batch, trainer.config)
     loss, grads, shared, _ = trainer.engine.gradients(0, 1, batch, text)
     done = trainer.engine.path_pass(0, 1, batch, text, selection)
-    part_loss, part, part_shared = done.gradients()
+    found = done.gradients()
+    torch.testing.assert_close(found.squares, found.by_row.square().sum(1))
     full, partial = {}, {}
-    for slot, row in zip(done.row.tolist(), part, strict=True):
+    for slot, row in zip(done.row.tolist(), found.by_row, strict=True):
         if slot == trainer.arena.scratch:
             assert not row.any()
             continue
         level = trainer.tree.blocks[slot].level
         full[slot] = grads[level][0, slot - trainer.tree.offset[level]]
         partial[slot] = row
-    return (loss, part_loss), full, partial, (shared[0], part_shared[0])
+    return (loss, found.loss), full, partial, (shared[0], found.by_shared[0])
 
 
 def error(a, b):

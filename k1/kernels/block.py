@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from k1.block import Folded, fused_attention
 
@@ -56,21 +57,21 @@ def _dot(a, b):
 
 
 @triton.jit
-def _project(h, weight, bias, column, D: tl.constexpr, W: tl.constexpr):
-    """Multiply h [M, D] by W columns of the weight [D, 3 * D] from `column` on; add the bias."""
-    d, w = tl.arange(0, D), column + tl.arange(0, W)
-    tile = tl.load(weight + d[:, None] * (3 * D) + w[None, :])
-    return (_dot(h, tile) + tl.load(bias + w)[None, :].to(tl.float32)).to(h.dtype)
+def _project(h, weights, first, bias, column, W: tl.constexpr):
+    """Multiply h [M, D] by W columns of weights [D, 3 * D] from `column` on; add the bias."""
+    tile = weights.load([first, column])
+    shift = tl.load(bias + column + tl.arange(0, W))
+    return (_dot(h, tile) + shift[None, :].to(tl.float32)).to(h.dtype)
 
 
 @triton.jit
 def _forward(
     x_ptr, source_ptr, weight_ptr, keep_ptr, target_ptr, y_ptr,
-    qkv_ptr, qkv_bias_ptr, out_ptr, in_ptr, in_bias_ptr, back_ptr, back_bias_ptr,
+    qkv, qkv_bias_ptr, out, mlp_in, in_bias_ptr, mlp_out, back_bias_ptr,
     n1_ptr, inverse_1_ptr, kept_ptr, o_ptr, n2_ptr, inverse_2_ptr, u_ptr,
     N, scale,
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
-    M: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     source = tl.load(source_ptr + block)
@@ -86,14 +87,11 @@ def _forward(
         return
     x_base = x_ptr + source * N * D
     weight = tl.load(weight_ptr + block)
-    qkv_ptr += weight * D * 3 * D
     qkv_bias_ptr += weight * 3 * D
-    out_ptr += weight * D * D
-    in_ptr += weight * D * F
     in_bias_ptr += weight * F
-    back_ptr += weight * F * D
     back_bias_ptr += weight * D
-    kind = qkv_ptr.dtype.element_ty
+    at, at_hidden = (weight * D).to(tl.int32), (weight * F).to(tl.int32)
+    kind = qkv_bias_ptr.dtype.element_ty
     HD: tl.constexpr = D // H
     keep = tl.load(keep_ptr + weight) if KEEP else -1
     place = keep * N + row
@@ -103,11 +101,15 @@ def _forward(
     if KEEP and keep >= 0:
         tl.store(n1_ptr + place[:, None] * D + d[None, :], h, mask=inside)
         tl.store(inverse_1_ptr + place, inverse, mask=row < N)
-    if T <= M:
+    if AT_ONCE:
         # All heads at once: one product per projection, one batched product per attention step.
-        q = _project(h, qkv_ptr, qkv_bias_ptr, 0, D, D)
-        k = _project(h, qkv_ptr, qkv_bias_ptr, D, D, D)
-        v = _project(h, qkv_ptr, qkv_bias_ptr, 2 * D, D, D)
+        # The loop ends with all three; written without one they take more registers.
+        q, k = tl.zeros((M, D), kind), tl.zeros((M, D), kind)
+        v = q
+        for column in range(0, 3 * D, D):
+            q = k
+            k = v
+            v = _project(h, qkv, at, qkv_bias_ptr, column, D)
         if KEEP and keep >= 0:
             wide = place[:, None] * (3 * D) + d[None, :]
             tl.store(kept_ptr + wide, q, mask=inside)
@@ -123,33 +125,37 @@ def _forward(
         o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, D)).to(kind)
         if KEEP and keep >= 0:
             tl.store(o_ptr + place[:, None] * D + d[None, :], o, mask=inside)
-        x += _dot(o, tl.load(out_ptr + d[:, None] * D + d[None, :]))
+        x += _dot(o, out.load([at, 0]))
     else:
-        # A long sequence: earlier rows are normed and projected again, a chunk at a time.
+        # Head by head, and in a long sequence earlier rows are normed and projected again, a chunk
+        # at a time.
+        LONG: tl.constexpr = T if T > M else M
         hd = tl.arange(0, HD)
         for i in tl.static_range(H):
-            q = _project(h, qkv_ptr, qkv_bias_ptr, i * HD, D, HD)
+            q = _project(h, qkv, at, qkv_bias_ptr, i * HD, HD)
             if KEEP and keep >= 0:
                 tl.store(kept_ptr + place[:, None] * (3 * D) + i * HD + hd[None, :], q, mask=inside)
             o = tl.zeros((M, HD), tl.float32)
             most = tl.full((M,), -1e30, tl.float32)
             total = tl.zeros((M,), tl.float32)
-            for chunk in range(T // M):
-                base = first // T * T + chunk * M
+            for chunk in range(LONG // M):
+                base = first // LONG * LONG + chunk * M
                 if base <= first:
                     key = base + tl.arange(0, M)
-                    past = tl.load(x_base + key[:, None] * D + d[None, :]).to(tl.float32)
+                    earlier = x_base + key[:, None] * D + d[None, :]
+                    past = tl.load(earlier, mask=(key < N)[:, None], other=0.0).to(tl.float32)
                     past, _ = _normed(past, D)
                     past = past.to(kind)
-                    k = _project(past, qkv_ptr, qkv_bias_ptr, D + i * HD, D, HD)
-                    v = _project(past, qkv_ptr, qkv_bias_ptr, 2 * D + i * HD, D, HD)
+                    k = _project(past, qkv, at, qkv_bias_ptr, D + i * HD, HD)
+                    v = _project(past, qkv, at, qkv_bias_ptr, 2 * D + i * HD, HD)
                     if KEEP and keep >= 0:
                         wide = (keep * N + key)[:, None] * (3 * D) + i * HD + hd[None, :]
-                        mine = (key >= first)[:, None]
+                        mine = ((key >= first) & (key < N))[:, None]
                         tl.store(kept_ptr + wide + D, k, mask=mine)
                         tl.store(kept_ptr + wide + 2 * D, v, mask=mine)
                     score = _dot(q, tl.trans(k)) * scale
-                    score = tl.where(key[None, :] <= row[:, None], score, -1e30)
+                    seen = (row[:, None] // T == key[None, :] // T) & (key[None, :] <= row[:, None])
+                    score = tl.where(seen, score, -1e30)
                     larger = tl.maximum(most, tl.max(score, 1))
                     power = tl.exp2(score - larger[:, None])
                     shrink = tl.exp2(most - larger)
@@ -159,7 +165,7 @@ def _forward(
             o = (o / total[:, None]).to(kind)
             if KEEP and keep >= 0:
                 tl.store(o_ptr + place[:, None] * D + i * HD + hd[None, :], o, mask=inside)
-            x += _dot(o, tl.load(out_ptr + (i * HD + hd)[:, None] * D + d[None, :]))
+            x += _dot(o, out.load([at + i * HD, 0]))
     normed, inverse = _normed(x, D)
     h = normed.to(kind)
     if KEEP and keep >= 0:
@@ -168,11 +174,11 @@ def _forward(
     x += tl.load(back_bias_ptr + d)[None, :].to(tl.float32)
     for column in range(0, F, C):
         c = column + tl.arange(0, C)
-        u = _dot(h, tl.load(in_ptr + d[:, None] * F + c[None, :]))
+        u = _dot(h, mlp_in.load([at, column]))
         u += tl.load(in_bias_ptr + c)[None, :].to(tl.float32)
         if KEEP and keep >= 0:
             tl.store(u_ptr + place[:, None] * F + c[None, :], u.to(kind), mask=inside)
-        x += _dot(_gelu(u).to(kind), tl.load(back_ptr + c[:, None] * D + d[None, :]))
+        x += _dot(_gelu(u).to(kind), mlp_out.load([at_hidden + column, 0]))
     tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside & (target >= 0))
 
 
@@ -234,6 +240,10 @@ def _gelu_backward(u_ptr, grad_ptr, act_ptr, size, E: tl.constexpr):
 _ROWS = 64
 """Tokens that a program of the forward kernel holds. Twice as many are no faster, and some such
 variants were compiled to wrong results (Triton 3.6, H200)."""
+_COLUMNS = 64
+"""Hidden values of the feed-forward that it holds at once."""
+_WIDEST = 128
+"""Widest block whose heads' weights all fit on the chip."""
 _LONGEST_BACKWARD = 128
 """The kernel for the attention gradient holds a sequence's scores on the chip; PyTorch's, which
 runs for longer ones, does not."""
@@ -250,6 +260,11 @@ def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
     if time not in (16, 32, 64, 128, 256):
         return f"windows of {time} tokens are not 16, 32, 64, 128 or 256 long"
     return None
+
+
+def _tiles(weights: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks' weights as the hardware's copy engine fetches them: a tile with one instruction."""
+    return TensorDescriptor.from_tensor(weights.flatten(0, 1), [rows, columns])
 
 
 @dataclass(frozen=True)
@@ -322,11 +337,16 @@ def run_blocks(
         out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
     if target is None:
         target = torch.arange(blocks, device=x.device)
+    at_once = time <= _ROWS and d <= _WIDEST
+    width = d if at_once else d // heads
     _forward[(triton.cdiv(tokens, _ROWS), blocks)](
-        x, source, weight, source if keep is None else keep, target, out, *folded.tensors(),
+        x, source, weight, source if keep is None else keep, target, out,
+        _tiles(folded.qkv, d, width), folded.qkv_bias, _tiles(folded.out, width, d),
+        _tiles(folded.mlp_in, d, _COLUMNS), folded.mlp_in_bias,
+        _tiles(folded.mlp_out, _COLUMNS, d), folded.mlp_out_bias,
         *([out] * 7 if kept is None else vars(kept).values()),
         tokens, math.log2(math.e) * (d // heads) ** -0.5,
-        T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=64,
+        T=time, D=d, H=heads, F=folded.mlp_in.shape[-1], M=_ROWS, C=_COLUMNS, AT_ONCE=at_once,
         KEEP=kept is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
@@ -364,7 +384,7 @@ def backward_inputs(
         folded: the weights of these blocks (the biases are not used).
         kept: what the forward pass kept.
         dy: [R, N, d], contiguous.
-        factors: written: what `backward_weights` needs.
+        factors: written: what `k1.kernels.weights` needs.
         dx: [R, N, d], contiguous; written.
         time: T.
         heads: attention heads.
@@ -398,18 +418,3 @@ def backward_inputs(
         factors.by_qkv.copy_(grad.view_as(factors.by_qkv))
     torch.bmm(factors.by_qkv, folded.qkv.transpose(1, 2), out=dn)
     through_norm(dn, kept.normed_1, kept.inverse_1, factors.by_middle, dx)
-
-
-def backward_weights(kept: Kept, factors: Factors, dy: Tensor) -> Folded:
-    """Gradients of R blocks' weights, after `backward_inputs`."""
-    blocks, tokens, _ = dy.shape
-    one = torch.ones(1, 1, tokens, dtype=dy.dtype, device=dy.device).expand(blocks, 1, tokens)
-    return Folded(
-        torch.bmm(kept.normed_1.transpose(1, 2), factors.by_qkv),
-        torch.bmm(one, factors.by_qkv)[:, 0],
-        torch.bmm(kept.attended.transpose(1, 2), factors.by_middle),
-        torch.bmm(kept.normed_2.transpose(1, 2), factors.by_hidden),
-        torch.bmm(one, factors.by_hidden)[:, 0],
-        torch.bmm(factors.act.transpose(1, 2), dy),
-        torch.bmm(one, dy)[:, 0],
-    )

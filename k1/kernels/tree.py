@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from k1.attribution import Leaves
-from k1.block import Folded, unfold
+from k1.block import Folded
 from k1.forward import Activations, Batch, Forest, Text, arithmetic, priors
 from k1.graphs import Side
 from k1.head import cross_entropy_gradients
-from k1.kernels.block import Factors, Kept, backward_inputs, backward_weights, run_blocks
+from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
 from k1.kernels.embedding import embed_tokens, embedding_gradient, order_tokens
 from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
@@ -28,8 +28,8 @@ from k1.kernels.norm import norm_backward, norm_forward
 from k1.kernels.path import add_children, mix_backward
 from k1.kernels.select import PathTable, list_paths
 from k1.kernels.sums import sum_rows
-
-_ROUTER = ("router.weight", "router.bias")
+from k1.kernels.weights import row_gradients
+from k1.path import Gradients
 
 
 class TreePass:
@@ -176,8 +176,8 @@ class TreePass:
             share.insert(0, part)
         return Activations(ys, m, prior, [prior[0], *share])
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss [L], gradients [M, P] of the chosen blocks and [L, Q] of the shared part.
+    def gradients(self) -> Gradients:
+        """Gradients of the chosen blocks and of the shared part.
 
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         Padded rows have anything for a gradient.
@@ -185,7 +185,6 @@ class TreePass:
         table, forest = self._table, self.forest
         assert table is not None
         self._side.join()
-        pieces = forest.block_layout.unpack(self._rows.index_select(0, table.row))
         if not self._fresh:
             self._weights = self._fold_chosen(table)
             here = torch.arange(len(table.row), device=table.row.device)
@@ -215,14 +214,14 @@ class TreePass:
             loss = losses.mean(1)
             at = layout.starts[layout.names.index("norm.weight")]  # the shift lies behind the gain
             sum_rows(parts, by_shared[:, at : at + parts.shape[2]])
-        return loss, self._backward(grad, pieces, into), by_shared
+        by_row, squares = self._backward(grad, into)
+        self._side.join()
+        return Gradients(loss, by_row, squares, by_shared)
 
-    def _backward(
-        self, grad: Tensor, pieces: dict[str, Tensor], by_shared: dict[str, Tensor]
-    ) -> Tensor:
-        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P].
+    def _backward(self, grad: Tensor, by_shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P] and their squares [M].
 
-        Those of the embedding and the positions are written into `by_shared`.
+        Those of the embedding and the positions are written into `by_shared` on the second stream.
         """
         table, forest, config = self._table, self.forest, self.forest.config
         assert table is not None
@@ -257,24 +256,12 @@ class TreePass:
             embedding_gradient(self._order, by_input, by_shared["embedding"])
             windows = by_input.view(*self.batch.inputs.shape[:2], -1)
             sum_rows(windows, by_shared["position"].flatten(1))
-        by_piece = unfold(pieces, backward_weights(self._kept, factors, grad))
-        by_piece |= self._by_router(router, pieces)
-        by_row = forest.block_layout.pack(by_piece)
-        self._side.join()
-        return by_row
-
-    def _by_router(
-        self, router: tuple[Tensor, Tensor] | None, pieces: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Gradients of the chosen blocks' routers; blocks of the last level route nothing."""
-        assert self._table is not None
-        weight, bias = (torch.zeros_like(pieces[name]) for name in _ROUTER)
-        if router is not None and len(self.forest.levels) > 1:
-            inner = self._table.cut(len(self.forest.levels) - 1).start
-            normed, by_logits = (t[:inner] for t in router)
-            weight[:inner] = torch.bmm(normed.transpose(1, 2), by_logits)
-            bias[:inner] = by_logits.sum(1, dtype=torch.float32)
-        return {"router.weight": weight, "router.bias": bias}
+        self._side.keep(dx)
+        inner = table.cut(len(forest.levels) - 1).start
+        return row_gradients(
+            self._kept, factors, grad, router, self._rows, table.row, slots, inner,
+            forest.block_layout,
+        )  # fmt: skip
 
 
 def all_blocks(forest: Forest, leaves: Leaves) -> PathTable:

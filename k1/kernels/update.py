@@ -16,7 +16,7 @@ from torch import Tensor
 from k1.arena import Arena
 from k1.attribution import Selection
 from k1.kernels.adamw import Moves, move_rows
-from k1.path import PathPass
+from k1.path import Gradients, PathPass
 from k1.records import FullGradients
 from k1.update import ROWS, SHARED_ROWS
 
@@ -163,16 +163,10 @@ class FusedUpdate:
         """Move what is selected by the gradients of all blocks, as `k1.update.Update.full`."""
         return self._run(full.measured.square(), None, full.by_row, full.by_shared, True)
 
-    def path(
-        self,
-        done: PathPass | TreePass,
-        grad: Tensor,
-        squares: Tensor,
-        by_shared: Tensor,
-        last: bool,
-    ) -> Tensor:
-        """Move path blocks by their gradients, as `k1.update.Update.path`."""
-        return self._run(squares, done.place, [(done.row, grad)], by_shared, last)
+    def path(self, done: PathPass | TreePass, found: Gradients, last: bool) -> Tensor:
+        """Move path blocks by their gradients; as `Update.path`."""
+        by_row = [(done.row, found.by_row)]
+        return self._run(found.squares, done.place, by_row, found.by_shared, last)
 
     def _run(
         self,
