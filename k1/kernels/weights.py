@@ -129,11 +129,11 @@ def _products(
 @triton.jit
 def _total(parts_ptr, place, inside, splits, step, S: tl.constexpr):
     """Add up the partial sums at some places [...] of a block's parts."""
-    s = tl.arange(0, S)
-    at, there = tl.expand_dims(place, 0), tl.expand_dims(inside, 0)
-    for _ in tl.static_range(len(place.shape)):
-        s = tl.expand_dims(s, len(s.shape))
-    return tl.sum(tl.load(parts_ptr + s * step + at, mask=(s < splits) & there, other=0.0), 0)
+    total = tl.load(parts_ptr + place, mask=inside, other=0.0)
+    for split in tl.static_range(1, S):
+        part = tl.load(parts_ptr + split * step + place, mask=inside & (split < splits), other=0.0)
+        total += part
+    return total
 
 
 @triton.jit
