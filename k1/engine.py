@@ -185,8 +185,7 @@ class Engine:
             table = all_blocks(forest, a.leaves(start, stop))
             done = TreePass(forest, batch, text, self._inner_side).run(table)
             found = done.gradients()
-            norms = found.squares.sqrt()[table.place.clamp(min=0)]
-            measured = torch.where(table.place >= 0, norms, 0.0).view(stop - start, -1)
+            measured = table.norms(found.squares)
             by_row = [(table.row, found.by_row)]
             return FullGradients(found.loss, measured, by_row, found.by_shared, done.values)
         loss, grads, shared_grad, values = self.gradients(start, stop, batch, text)
@@ -194,6 +193,17 @@ class Engine:
         measured = responsibilities(grads, levels, a.scratch + 1)
         parts = [(i.row, g.flatten(0, 1)) for i, g in zip(levels, grads, strict=True)]
         return FullGradients(loss, measured, parts, shared_grad, values)
+
+    def _probe(self, start: int, stop: int, batch: Batch, text: Text) -> Tensor:
+        """Measure each block's responsibility: [L, S]."""
+        if not self.backend.fused:
+            return self._all_gradients(start, stop, batch, text).measured
+        from k1.kernels.tree import TreePass, all_blocks
+
+        forest = self.arena.forest(start, stop)
+        table = all_blocks(forest, self.arena.leaves(start, stop))
+        done = TreePass(forest, batch, text, self._inner_side, shared=False).run(table)
+        return table.norms(done.squares())
 
     def _full(self, start: int, stop: int, batch: Batch, text: Text) -> StepResult:
         """Dense or exact: every block's gradient is computed."""
@@ -209,6 +219,7 @@ class Engine:
         fine = self._update(start, stop, selection).full(full)
         if a.config.model.router == "evidence" and self.mode != "dense":
             self._count(start, stop, selection, full.values, text, fine)
+        self._forward_side.join()
         return StepResult(full.loss, selection, fine)
 
     def _sparse(self, start: int, stop: int, batch: Batch, text: Text, due: bool) -> StepResult:
@@ -216,10 +227,10 @@ class Engine:
         a, update = self.arena, self.arena.config.update
         with self._side.fork():
             if due:
-                probe = batch.head(max(1, round(batch.inputs.shape[1] * update.probe_fraction)))
-                full = self._all_gradients(start, stop, probe, read_text(probe, a.config))
+                windows = max(1, round(batch.inputs.shape[1] * update.probe_fraction))
+                measured = self._probe(start, stop, batch.head(windows), text.head(windows))
                 on_time = a["step"][start:stop] % update.attribution_every == 0
-                records.remember(self.arena, start, stop, full.measured, on_time)
+                records.remember(self.arena, start, stop, measured, on_time)
             selection = self._select(start, stop, a["responsibility"][start:stop])
         forward = None
         if self.backend.fused:
@@ -278,6 +289,7 @@ class Engine:
         assert first_loss is not None
         if config.model.router == "evidence":
             self._count(start, stop, selection, done.values, text, fine)
+        self._forward_side.join()
         return StepResult(first_loss, selection, fine)
 
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
@@ -302,10 +314,12 @@ class Engine:
 
     def _update(self, start: int, stop: int, selection: Selection) -> Update | FusedUpdate:
         """Begin the update of what is selected."""
-        kind: type[Update | FusedUpdate] = Update
-        if self.backend.kernels:
-            from k1.kernels.update import FusedUpdate as kind
-        return kind(self.arena, start, stop, selection, self._sharers(start, stop))
+        sharers = self._sharers(start, stop)
+        if not self.backend.kernels:
+            return Update(self.arena, start, stop, selection, sharers)
+        from k1.kernels.update import FusedUpdate
+
+        return FusedUpdate(self.arena, start, stop, selection, sharers, self._forward_side)
 
     def _sharers(self, start: int, stop: int) -> Tensor | None:
         """Lanes whose shared part is updated: bool [L], or None for all."""
@@ -355,7 +369,8 @@ class Engine:
         if self.backend.fused:
             from k1.kernels.tree import TreePass
 
-            return TreePass(forest, batch, text, self._inner_side, True).run().values.output
+            done = TreePass(forest, batch, text, self._inner_side, shared=False)
+            return done.run().values.output
         weights, router = forest.weights(), forest.router
         return forward(weights, router, forest.levels, batch, text, forest.config).output
 

@@ -69,6 +69,11 @@ class Text:
     valid: Tensor
     """bool [L, B, T]: there is a predecessor in the same document."""
 
+    def head(self, windows: int) -> Text:
+        """Return the first windows of each lane."""
+        all_windows = self.bigram, self.context, self.starts, self.valid
+        return Text(*[t[:, :windows].contiguous() for t in all_windows])
+
     @cached_property
     def mask(self) -> Tensor:
         """What `history_mask` says of the document boundaries."""

@@ -60,9 +60,9 @@ class FrozenCase:
     def fused(self):
         from k1.kernels.mix import mix_frozen
 
-        return mix_frozen(
-            self.y, self.m, self.prior, self.weight, self.bias, self.parent, self.child
-        )
+        share = torch.zeros_like(self.m[..., 0], dtype=torch.float32)
+        state = self.y, self.m, self.prior, self.weight, self.bias, share
+        return mix_frozen(*state, self.parent, self.child), share
 
     def plain(self):
         """What the code that a CPU runs makes of it in float64."""

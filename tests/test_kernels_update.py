@@ -8,6 +8,7 @@ import torch
 
 from k1.arena import Arena
 from k1.attribution import Selection
+from k1.graphs import Side
 from k1.path import Gradients
 from k1.records import FullGradients
 from k1.update import ROWS, SHARED_ROWS, Update
@@ -104,9 +105,10 @@ def check_update(name, full, inner=1):
     slots, size = plain["weight"].shape[1:]
     selection = make_selection(slots)
     draw = Draw(8)
+    side = Side(device())
     updates = [
-        kind(arena, FIRST, FIRST + LANES, selection, sharers)
-        for kind, arena in ((Update, plain), (FusedUpdate, fused))
+        Update(plain, FIRST, FIRST + LANES, selection, sharers),
+        FusedUpdate(fused, FIRST, FIRST + LANES, selection, sharers, side),
     ]
     for turn in range(inner):
         by_shared = draw(LANES, plain["shared"].shape[1])
@@ -131,6 +133,7 @@ def check_update(name, full, inner=1):
             squares = torch.linalg.vector_norm(grad, dim=-1).square()
             found = Gradients(by_shared.new_zeros(LANES), grad, squares, by_shared)
             fine = [update.path(done, found, turn == inner - 1) for update in updates]
+    side.join()
     assert torch.equal(*fine)
     matters = bad == "block" or (config.update.shared_scale > 0 and sharers is None)
     assert fine[0].tolist() == [True, not (bad and matters), True]

@@ -79,7 +79,7 @@ def _forward(
     row, d = first + tl.arange(0, M), tl.arange(0, D)
     inside = (row < N)[:, None]
     here = row[:, None] * D + d[None, :]
-    target = tl.load(target_ptr + block)
+    target = block if target_ptr is None else tl.load(target_ptr + block)
     own = target * N * D + here
     if source < 0:
         nothing = tl.zeros((M, D), y_ptr.dtype.element_ty)
@@ -327,7 +327,7 @@ def run_blocks(
         keep: int64, one for each of the weights: where in `kept` the values of a block with these
             weights go; -1 for nowhere.
         out: where results go instead of a new tensor.
-        target: int64 [S]: which row of `out` each block writes; -1 for none.
+        target: int64 [S]: which row of `out` each block writes, by default its own; -1 for none.
 
     Returns:
         [S, N, d] in the dtype of x, or `out`.
@@ -335,8 +335,6 @@ def run_blocks(
     blocks, (_, tokens, d) = len(source), x.shape
     if out is None:
         out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
-    if target is None:
-        target = torch.arange(blocks, device=x.device)
     at_once = time <= _ROWS and d <= _WIDEST
     width = d if at_once else d // heads
     _forward[(triton.cdiv(tokens, _ROWS), blocks)](

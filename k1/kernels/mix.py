@@ -99,9 +99,10 @@ def mix_frozen(
     prior: Tensor,
     router_weight: Tensor | None,
     router_bias: Tensor | None,
+    share: Tensor,
     parent: LevelIndex,
     child: LevelIndex,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Route and mix one level: `sibling_softmax` and `mix`, a leaf keeping its own output.
 
     Args:
@@ -110,18 +111,18 @@ def mix_frozen(
         prior: float32 [L, W_child, N] or [L, W_child, 1]: log prior plus evidence.
         router_weight: float32 [L, W_parent, d, max_children], or None for no learned part.
         router_bias: float32 [L, W_parent, max_children], or None with `router_weight`.
+        share: float32 [L, W_child, N], contiguous; the weight of each child among its siblings is
+            written there, nothing where dead.
         parent: the parents' level.
         child: the children's level.
 
     Returns:
-        The parents' mixed values [L, W_parent, N, d], and the weight of each child among its
-        siblings, float32 [L, W_child, N] (0 where dead).
+        The parents' mixed values [L, W_parent, N, d].
     """
     lanes, width, tokens, d = y.shape
     y, m = y.contiguous(), m.contiguous()
     prior = prior.expand(-1, -1, tokens)
     out = torch.empty_like(y)
-    by_child = torch.zeros(lanes, child.width, tokens, device=y.device)
     learned = router_weight is not None and router_bias is not None
     sizes = tile_sizes(tokens, d, parent.children.shape[-1])
     blocks = triton.cdiv(tokens, sizes["BLOCK_TOKENS"])
@@ -135,7 +136,7 @@ def mix_frozen(
         parent.has_child,
         parent.is_leaf,
         out,
-        by_child,
+        share,
         tokens,
         blocks,
         width,
@@ -146,4 +147,4 @@ def mix_frozen(
         LEARNED=learned,
         **sizes,
     )
-    return out, by_child
+    return out

@@ -134,6 +134,11 @@ class PathTable:
         first = self.lanes * sum(self.counts[:level])
         return slice(first, first + self.lanes * self.counts[level])
 
+    def norms(self, squares: Tensor) -> Tensor:
+        """Take the roots of squared norms [M], and put them where the blocks are: [L, S]."""
+        found = squares.sqrt()[self.place.clamp(min=0)]
+        return torch.where(self.place >= 0, found, 0.0).view(self.lanes, -1)
+
 
 @triton.jit
 def _list_paths(

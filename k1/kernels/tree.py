@@ -36,7 +36,7 @@ class TreePass:
     """A forward pass through all trees, and as many backward passes as are asked for."""
 
     def __init__(
-        self, forest: Forest, batch: Batch, text: Text, side: Side, frozen: bool = False
+        self, forest: Forest, batch: Batch, text: Text, side: Side, shared: bool = True
     ) -> None:
         """Make ready what does not depend on the blocks to be chosen.
 
@@ -45,37 +45,32 @@ class TreePass:
             batch: the windows.
             text: the same as the routers see them.
             side: a stream that is free; small things run there, beside large ones.
-            frozen: no gradients will be asked for.
+            shared: whether gradients of the shared part will be asked for.
         """
         self.forest, self.batch, self._side = forest, batch, side
         self._table: PathTable | None = None
         self.has_run = False
+        lanes, last, kind = len(forest.rows), forest.levels[-1], arithmetic(forest.config)
+        tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
+        pieces = forest.shared_layout.unpack(forest.shared)
         with side.fork():
             self._prior = priors(forest.router, forest.levels, text, forest.config, fused=True)
-            self._routed = side.mark()
-            if not frozen:
-                self._prepare_gradients()
-        lanes = len(forest.rows)
-        tokens, self._time = batch.inputs[0].numel(), batch.inputs.shape[2]
+            self._head = pieces["head"].to(kind)
+            self._targets = batch.targets.flatten(1).contiguous()
+            self._share = torch.zeros(
+                len(last.source) + last.first, tokens, device=forest.rows.device
+            )
+            self._ready = side.mark()
+            if shared:
+                self._order = order_tokens(batch.inputs, forest.shared_layout.shapes[0][0])
         self._rows = forest.rows.flatten(0, 1)
-        kind = arithmetic(forest.config)
         self._folded = fold_fused(self._rows, forest.block_layout, kind)
-        shared = forest.shared_layout.unpack(forest.shared)
-        last = forest.levels[-1]
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
         self._flow = torch.empty(
             last.first + lanes * last.width, tokens, forest.config.model.embed,
             dtype=kind, device=self._rows.device,
         )  # fmt: skip
-        embed_tokens(shared["embedding"], shared["position"], batch.inputs, self._flow[:lanes])
-
-    def _prepare_gradients(self) -> None:
-        """Do what gradients need and what only the batch and the shared part are needed for."""
-        forest, batch = self.forest, self.batch
-        shared = forest.shared_layout.unpack(forest.shared)
-        self._order = order_tokens(batch.inputs, shared["embedding"].shape[1])
-        self._head = shared["head"].to(arithmetic(forest.config))
-        self._targets = batch.targets.flatten(1).contiguous()
+        embed_tokens(pieces["embedding"], pieces["position"], batch.inputs, self._flow[:lanes])
 
     def run(self, table: PathTable | None = None) -> TreePass:
         """Run the trees.
@@ -92,7 +87,7 @@ class TreePass:
             part = self._flow[index.first : index.first + len(index.source)]
             self._run(self._folded, index.source, index.row, part, None, kept, keep)
             ys.append(part.view(*index.alive.shape, *part.shape[1:]))
-        self._side.wait(self._routed)
+        self._side.wait(self._ready)
         self.values = self._mix_up(ys, self._prior)
         self.has_run = self._fresh = True
         return self
@@ -104,10 +99,8 @@ class TreePass:
         return self
 
     def _make_room(self, table: PathTable) -> Kept:
-        """Fold the chosen blocks' weights on the side, and make room for what they keep."""
-        self._table = table
-        with self._side.fork():
-            self._weights = self._fold_chosen(table)
+        """Fold the chosen blocks' weights, and make room for what they keep."""
+        self._table, self._weights = table, self._fold_chosen(table)
         model, tokens = self.forest.config.model, self._flow.shape[1]
         self._kept = Kept.empty(len(table.row), tokens, model.embed, model.feed_forward, self._flow)
         return self._kept
@@ -115,14 +108,12 @@ class TreePass:
     @property
     def row(self) -> Tensor:
         """Arena rows of the chosen blocks: int64 [M], scratch rows where padded."""
-        assert self._table is not None
-        return self._table.row
+        return self._known().row
 
     @property
     def place(self) -> Tensor:
         """Where in `row` an arena row stands: int64 [L * S], -1 if nowhere."""
-        assert self._table is not None
-        return self._table.place
+        return self._known().place
 
     def _fold_chosen(self, table: PathTable) -> Folded:
         return fold_fused(self._rows, self.forest.block_layout, self._flow.dtype, table.row)
@@ -170,8 +161,10 @@ class TreePass:
                 cut = slice(parent.offset, parent.offset + parent.width)
                 weight = pieces["router.weight"].unflatten(0, (lanes, slots))[:, cut]
                 bias = pieces["router.bias"].unflatten(0, (lanes, slots))[:, cut]
+            part = self._share[child.first : child.first + len(child.source)]
+            part = part.view(lanes, child.width, -1)
             below = prior[child.level]
-            mixed, part = mix_frozen(ys[parent.level], m[0], below, weight, bias, parent, child)
+            mixed = mix_frozen(ys[parent.level], m[0], below, weight, bias, part, parent, child)
             m.insert(0, mixed)
             share.insert(0, part)
         return Activations(ys, m, prior, [prior[0], *share])
@@ -182,54 +175,77 @@ class TreePass:
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         Padded rows have anything for a gradient.
         """
-        table, forest = self._table, self.forest
-        assert table is not None
-        self._side.join()
         if not self._fresh:
+            table = self._known()
             self._weights = self._fold_chosen(table)
             here = torch.arange(len(table.row), device=table.row.device)
             self._run_chosen(self._weights, here, self._kept, here, store=True)
             self.values = self._mix_up(self.values.y, self._prior)
         self._fresh = False
-        lanes, tokens = len(forest.rows), self._flow.shape[1]
-        grad = torch.empty(len(table.row), *self._flow.shape[1:], dtype=self._flow.dtype,
-                           device=self._flow.device)  # fmt: skip
-        layout = forest.shared_layout
-        shared, by_shared = layout.unpack(forest.shared), torch.empty_like(forest.shared)
+        layout, by_shared = self.forest.shared_layout, torch.empty_like(self.forest.shared)
         into = layout.unpack(by_shared)
-        gain, shift = shared["norm.weight"], shared["norm.bias"]
-        hidden, normed, inverse = norm_forward(self.values.output.contiguous(), gain, shift)
-        losses, by_hidden, _ = cross_entropy_gradients(
-            hidden,
-            self._head,
-            self._targets,
-            scale=1 / tokens,
-            by_head=into["head"],
-            side=self._side,
-        )
-        assert by_hidden is not None
-        parts = norm_backward(by_hidden, normed, inverse, gain, grad[:lanes])
+        losses, grad, parts = self._at_roots(into["head"])
         self._side.keep(losses, parts)
         with self._side.fork():
             loss = losses.mean(1)
             at = layout.starts[layout.names.index("norm.weight")]  # the shift lies behind the gain
             sum_rows(parts, by_shared[:, at : at + parts.shape[2]])
-        by_row, squares = self._backward(grad, into)
+        dx, factors, router = self._down_the_paths(grad)
+        self._side.keep(dx)
+        with self._side.fork():
+            by_input = dx[: len(losses)]
+            embedding_gradient(self._order, by_input, into["embedding"])
+            windows = by_input.view(*self.batch.inputs.shape[:2], -1)
+            sum_rows(windows, into["position"].flatten(1))
+        by_row, squares = self._by_row(factors, grad, router)
         self._side.join()
         return Gradients(loss, by_row, squares, by_shared)
 
-    def _backward(self, grad: Tensor, by_shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """From the roots' gradients, in `grad` [M, N, d], to rows [M, P] and their squares [M].
+    def squares(self) -> Tensor:
+        """Squared norms [M] of the chosen blocks' gradients, and nothing else: once, after a run.
 
-        Those of the embedding and the positions are written into `by_shared` on the second stream.
+        Padded rows have anything.
         """
-        table, forest, config = self._table, self.forest, self.forest.config
-        assert table is not None
-        tokens = grad.shape[1]
+        _, grad, _ = self._at_roots(None)
+        _, factors, router = self._down_the_paths(grad)
+        return self._by_row(factors, grad, router)[1]
+
+    def _known(self) -> PathTable:
+        assert self._table is not None
+        return self._table
+
+    def _at_roots(self, by_head: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of the tokens, gradients by the roots' values, parts of those of the norm.
+
+        Args:
+            by_head: where the head's gradient goes, if it is wanted.
+
+        Returns:
+            float32 [L, N]; [M, N, d], of which the first L are written; [L, programs, 2 * d].
+        """
+        lanes, tokens = len(self.forest.rows), self._flow.shape[1]
+        grad = self._flow.new_empty(len(self.row), *self._flow.shape[1:])
+        pieces = self.forest.shared_layout.unpack(self.forest.shared)
+        gain, shift = pieces["norm.weight"], pieces["norm.bias"]
+        hidden, normed, inverse = norm_forward(self.values.output.contiguous(), gain, shift)
+        losses, by_hidden, _ = cross_entropy_gradients(
+            hidden, self._head, self._targets, True, by_head is not None, 1 / tokens, by_head
+        )
+        assert by_hidden is not None
+        return losses, grad, norm_backward(by_hidden, normed, inverse, gain, grad[:lanes])
+
+    def _down_the_paths(self, grad: Tensor) -> tuple[Tensor, Factors, tuple[Tensor, Tensor] | None]:
+        """From the roots' gradients, in `grad` [M, N, d], to those of all chosen blocks.
+
+        Returns:
+            Gradients of the blocks' inputs [M, N, d], and what those of their weights and of their
+            routers are products of. Gradients of the blocks' own outputs are left in `grad`.
+        """
+        table, forest, config = self._known(), self.forest, self.forest.config
         router = None
         if config.model.router != "mean":
-            ranks = config.model.max_children
-            router = torch.empty_like(grad), grad.new_empty(len(grad), tokens, ranks)
+            by_logits = grad.new_empty(*grad.shape[:2], config.model.max_children)
+            router = torch.empty_like(grad), by_logits
         for parent, child in pairwise(forest.levels):
             y, m = self.values.y[parent.level], self.values.m[child.level]
             prior = self.values.prior[child.level]
@@ -251,15 +267,16 @@ class TreePass:
                 self._time,
                 config.model.heads,
             )
-        with self._side.fork():
-            by_input = dx[: len(forest.rows)]
-            embedding_gradient(self._order, by_input, by_shared["embedding"])
-            windows = by_input.view(*self.batch.inputs.shape[:2], -1)
-            sum_rows(windows, by_shared["position"].flatten(1))
-        self._side.keep(dx)
+        return dx, factors, router
+
+    def _by_row(
+        self, factors: Factors, grad: Tensor, router: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the chosen blocks' rows [M, P], and the squared norm of each [M]."""
+        table, forest = self._known(), self.forest
         inner = table.cut(len(forest.levels) - 1).start
         return row_gradients(
-            self._kept, factors, grad, router, self._rows, table.row, slots, inner,
+            self._kept, factors, grad, router, self._rows, table.row, forest.rows.shape[1], inner,
             forest.block_layout,
         )  # fmt: skip
 

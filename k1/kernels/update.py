@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k1.arena import Arena
 from k1.attribution import Selection
+from k1.graphs import Side
 from k1.kernels.adamw import Moves, move_rows
 from k1.path import Gradients, PathPass
 from k1.records import FullGradients
@@ -152,9 +153,14 @@ class FusedUpdate:
         start: int,
         stop: int,
         selection: Selection,
-        sharers: Tensor | None = None,
+        sharers: Tensor | None,
+        side: Side,
     ) -> None:
-        """Begin an update; arguments as `k1.update.Update`."""
+        """Begin an update; arguments as `k1.update.Update`, and a stream for the shared rows.
+
+        Whoever calls joins it.
+        """
+        self._side = side
         self._arena, self._lanes, self._selection = arena, slice(start, stop), selection
         self._sharers = sharers
         self._fine: Tensor | None = None
@@ -182,7 +188,9 @@ class FusedUpdate:
         blocks, shares = self._plan(squares, place, parts, last)
         if shares is not None:
             weight, first, second = (self._arena[name][self._lanes] for name in SHARED_ROWS[:3])
-            move_rows(weight, first, second, None, by_shared, shares, config.optimizer)
+            self._side.keep(by_shared, shares)
+            with self._side.fork():
+                move_rows(weight, first, second, None, by_shared, shares, config.optimizer)
         state = (self._arena[name][self._lanes].flatten(0, 1) for name in ROWS[:3])
         weight, first, second = state
         for row, grad in by_row:
