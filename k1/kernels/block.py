@@ -249,12 +249,21 @@ _LONGEST_BACKWARD = 128
 runs for longer ones, does not."""
 
 
+def _at_once(embed: int, time: int) -> bool:
+    """Whether a program holds all heads at once."""
+    return time <= _ROWS and embed <= _WIDEST
+
+
 def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
     """Say why the kernels do not fit these sizes, or None if they do."""
     if embed not in (64, 128, 256):
         return f"embed {embed} is not 64, 128 or 256"
-    if embed // heads not in (16, 32, 64, 128):
-        return f"heads are {embed // heads} wide, not 16, 32, 64 or 128"
+    width = embed // heads
+    if width not in (16, 32, 64, 128):
+        return f"heads are {width} wide, not 16, 32, 64 or 128"
+    if width == 16 and not _at_once(embed, time):
+        # Triton 3.6 compiles products of 16 columns, fetched by the copy engine, to wrong results.
+        return f"heads are 16 wide, and windows of {time} tokens at embed {embed} go head by head"
     if feed_forward % 64:
         return f"feed_forward {feed_forward} is no multiple of 64"
     if time not in (16, 32, 64, 128, 256):
@@ -335,7 +344,7 @@ def run_blocks(
     blocks, (_, tokens, d) = len(source), x.shape
     if out is None:
         out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
-    at_once = time <= _ROWS and d <= _WIDEST
+    at_once = _at_once(d, time)
     width = d if at_once else d // heads
     _forward[(triton.cdiv(tokens, _ROWS), blocks)](
         x, source, weight, source if keep is None else keep, target, out,
