@@ -20,7 +20,8 @@ from k1.block import Folded
 from k1.forward import Activations, Batch, Forest, Text, arithmetic, priors
 from k1.graphs import Side
 from k1.head import cross_entropy_gradients
-from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
+from k1.kernels.backward import Factors, backward_inputs
+from k1.kernels.block import Kept, run_blocks
 from k1.kernels.embedding import embed_tokens, embedding_gradient, order_tokens
 from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
