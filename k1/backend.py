@@ -76,7 +76,8 @@ def _why_not(config: Config, device: torch.device) -> str | None:
 @functools.cache
 def _wrong(m: ModelConfig, device: torch.device) -> str | None:
     """Run the kernels once beside PyTorch: a compiler can be wrong for one size and not another."""
-    from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
+    from k1.kernels.backward import Factors, backward_inputs
+    from k1.kernels.block import Kept, run_blocks
     from k1.kernels.weights import row_gradients
 
     # Enough that a block's tokens are shared out between programs, and not evenly.

@@ -259,7 +259,9 @@ class Engine:
 
             table = chosen_blocks(forest, leaves, selection.on_path)
             done = forward or TreePass(forest, batch, text, self._forward_side)
-            return done.choose(table) if done.has_run else done.run(table)
+            if not done.has_run and done.keeps_for(table):
+                return done.run(table)
+            return (done if done.has_run else done.run()).choose(table)
         paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
         return PathPass(forest, batch, text, paths)
 
@@ -288,7 +290,7 @@ class Engine:
             fine = update.path(done, found, last)
         assert first_loss is not None
         if config.model.router == "evidence":
-            self._count(start, stop, selection, done.values, text, fine)
+            self._count(start, stop, selection, done.values, text, fine, done.row)
         self._forward_side.join()
         return StepResult(first_loss, selection, fine)
 
@@ -333,10 +335,11 @@ class Engine:
         done: Activations,
         text: Text,
         fine: Tensor,
+        row: Tensor | None = None,
     ) -> None:
-        """Add the batch's bigrams to the updated blocks, by their share of the routing."""
+        """Add the batch's bigrams to the updated blocks, all of which are in `row` if it is given."""
         kernels = self.backend.kernels
-        records.count_text(self.arena, start, stop, selection, done, text, fine, kernels)
+        records.count_text(self.arena, start, stop, selection, done, text, fine, kernels, row)
 
     def bits_per_byte(self, start: int, stop: int, batch: Batch) -> Tensor:
         """Bits per byte of lanes start..stop on a batch [L or 1, B, T]: float64 [L]."""

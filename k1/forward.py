@@ -23,6 +23,8 @@ from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
 from k1.head import mean_cross_entropy, token_cross_entropy
+from k1.kernels import AVAILABLE
+from k1.large import run_alone, runs_alone
 from k1.mixing import flat_index, mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
 
@@ -264,14 +266,28 @@ def forward(
                 _run_others(weights.block_layout, rows, above, index, config, *known[len(ys)])
             )
             continue
+        alone = ys[-1] if ys else x.flatten(2, 3)
+        if runs_alone(alone, config):
+            ys.append(run_alone(pieces[-1], alone, index, t, config.model.heads))
+            continue
         if index.level:
             x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
         ys.append(run_level(pieces[-1], x, config))
-    prior = priors(router, levels, text, config)
+    kernels = x.is_cuda and AVAILABLE and not torch.is_grad_enabled()
+    prior = priors(router, levels, text, config, kernels)
     m: list[Tensor] = [ys[-1]]
     share: list[Tensor] = []
     for parent, child in reversed(list(pairwise(levels))):
         y, below = ys[parent.level], prior[child.level]
+        if kernels:
+            from k1.kernels.mix import mix_frozen
+
+            weight = torch.zeros(*child.alive.shape, y.shape[2], device=y.device)
+            m.insert(
+                0, mix_frozen(y, m[0], below, *_router(pieces, parent, kind), weight, parent, child)
+            )
+            share.insert(0, weight)
+            continue
         learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
         weight = sibling_softmax(below, learned, parent, child)
         mixed = mix(m[0], weight.to(dtype), parent, child)
@@ -280,6 +296,16 @@ def forward(
         m.insert(0, mixed)
         share.insert(0, weight)
     return Activations(ys, m, prior, [prior[0], *share])
+
+
+def _router(
+    pieces: list[dict[str, Tensor]], parent: LevelIndex, kind: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights [L, W, d, K] and biases [L, W, K] of a level's routers, if they are learned."""
+    if kind == "mean":
+        return None, None
+    own, shape = pieces[parent.level], parent.alive.shape
+    return own["router.weight"].unflatten(0, shape), own["router.bias"].unflatten(0, shape)
 
 
 def priors(

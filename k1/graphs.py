@@ -42,8 +42,14 @@ class StepGraphs:
             graph = torch.cuda.CUDAGraph()
             # What others wait for goes before what runs beside it (`Side`).
             first = torch.cuda.Stream(priority=-1)
-            with torch.cuda.graph(graph, pool=self._pool, stream=first):
-                result = work()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=first):
+                    result = work()
+            except RuntimeError as error:
+                # Ending the recording fails too, and hides why.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                raise
             self._pool = self._pool or graph.pool()
             self._recorded[shape] = graph, result
         graph.replay()

@@ -70,14 +70,18 @@ def count_text(
     text: Text,
     fine: Tensor,
     kernels: bool,
+    row: Tensor | None = None,
 ) -> None:
-    """Add the batch's bigrams to the updated blocks, by their share of the routing."""
+    """Add the batch's bigrams to the updated blocks, by their share of the routing.
+
+    Kernels look at all blocks, or at those in `row` alone.
+    """
     counts, ev = arena["evidence"][start:stop], arena.config.evidence
     levels, shares = arena.index(start, stop)[1:], done.share[1:]
     if kernels:
         from k1.kernels.evidence import count_fused
 
-        count_fused(counts, levels, shares, selection.scale, fine, text, ev)
+        count_fused(counts, levels, shares, selection.scale, fine, text, ev, row)
         return
     moved = (selection.scale > 0) & fine[:, None]
     for index, share in zip(levels, shares, strict=True):

@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
+import k1.large
 from k1.engine import Engine
-from k1.forward import Batch, read_text
+from k1.forward import Batch, forward, read_text, run_level
+from k1.large import run_alone
+from k1.mixing import to_children
+from k1.trainer import Trainer
 from tests.reference import Reference, make_ragged, next_batch, shake, small_config
 
 ROUTERS = ("mean", "learned", "evidence")
@@ -177,3 +181,40 @@ def test_bfloat16_is_near_float32(make):
     expected, found = (t.engine.gradients(0, 1, batch, text)[0] for t in (trainer, low))
     assert float(found) == pytest.approx(float(expected), rel=0.02)
     assert float(found) != float(expected)
+
+
+@pytest.mark.parametrize("time", [8, 16])
+def test_blocks_that_run_alone_give_what_a_level_gives(make, time):
+    trainer = build(make, "evidence")
+    arena = trainer.arena
+    forest, levels = arena.forest(0, 1), arena.index(0, 1)
+    heads, d = arena.config.model.heads, arena.config.model.embed
+    above = torch.randn(1, 1, 3 * time, d)
+    with torch.no_grad():
+        for index in levels:
+            rows = forest.rows[:, index.offset : index.offset + index.width].flatten(0, 1)
+            pieces = forest.block_layout.unpack(rows)
+            found = run_alone(pieces, above, index, time, heads)
+            windows = above.unflatten(2, (3, time))
+            if index.level:
+                windows = to_children(windows, levels[index.level - 1], index)
+            wanted = run_level(pieces, windows, arena.config)
+            torch.testing.assert_close(found[index.alive], wanted[index.alive])
+            above = found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_frozen_large_blocks_equal_those_with_a_graph(make, router, monkeypatch):
+    config = make().config.replace(model={"router": router})
+    trainer = Trainer(config, make().data, seed=3, device="cuda")
+    shake(trainer)
+    batch, arena = next_batch(trainer), trainer.arena
+    forest, text = arena.forest(0, 1), read_text(batch, config)
+    state = forest.weights(), forest.router, forest.levels, batch, text, config
+    wanted = forward(*state).output  # the graph is of no use, but its code runs
+    monkeypatch.setattr(k1.large, "_LARGE_BYTES", 0)
+    with torch.no_grad():
+        found = forward(*state).output
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)

@@ -9,7 +9,7 @@ from tests.kernel_harness import ON_GPU, device
 
 # Windows, tokens in each, embed, heads, feed-forward: several windows to a program, one, and one
 # in parts; the last tokens of the first fill no program.
-SIZES = [(3, 32, 64, 4, 64), (2, 64, 64, 2, 64), (1, 128, 64, 2, 128), (1, 256, 64, 2, 64)]
+SIZES = [(3, 32, 64, 4, 64), (3, 64, 64, 2, 192), (1, 128, 64, 2, 128), (1, 256, 64, 2, 64)]
 LARGE = [(5, 64, 128, 4, 256), (3, 32, 256, 4, 512), (2, 64, 256, 8, 512), (1, 256, 256, 4, 512)]
 SOURCE = [1, -1, 0]
 WEIGHT = [2, 0, 1]
@@ -28,7 +28,8 @@ def draw_blocks(blocks, embed, heads, feed_forward, dtype, generator):
 
 
 def check_blocks(size, dtype):
-    from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
+    from k1.kernels.backward import Factors, backward_inputs
+    from k1.kernels.block import Kept, run_blocks
     from k1.kernels.weights import row_gradients
 
     windows, time, d, heads, f = size
@@ -58,9 +59,14 @@ def check_blocks(size, dtype):
     again = run_blocks(folded, x, source, weight, time, heads, kept, keep)
     close(again[0], wanted[0], dtype)
     dy = torch.randn(2, tokens, d, generator=generator).to(device(), dtype)
-    factors, dx = Factors.empty(kept), torch.empty_like(dy)
+    room, dx = Factors.empty(Kept.empty(3, tokens, d, f, x)), torch.empty_like(out[:3])
+    beyond = [dx[2], *(t[2] for t in vars(room).values())]
+    for value in beyond:
+        value.fill_(7)
+    factors, dx = room.rows(0, 2), dx[:2]
     chosen = Folded(*[t[[2, 1]] for t in folded.tensors()])
     backward_inputs(chosen, kept, dy, factors, dx, time, heads)
+    assert all(bool((value == 7).all()) for value in beyond)
     of_kept = torch.tensor([2, 1], device=device())
     found, _ = row_gradients(kept, factors, dy, None, rows, of_kept, 4, 0, layout)
     up = torch.zeros_like(wanted)

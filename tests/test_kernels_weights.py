@@ -22,7 +22,8 @@ SLOTS = 4
 
 
 def draw_factors(blocks, tokens, d, f, ranks, dtype):
-    from k1.kernels.block import Factors, Kept
+    from k1.kernels.backward import Factors
+    from k1.kernels.block import Kept
 
     draw = Draw(blocks + tokens + f, dtype)
 

@@ -154,6 +154,7 @@ class CoordinateEngine(Engine):
         done: Activations,
         text: Text,
         fine: Tensor,
+        row: Tensor | None = None,
     ) -> None:
         pass
 

@@ -3,8 +3,7 @@
 A program holds `rows` consecutive tokens (one sequence, several short ones, or a part of a long
 one) of one block and takes them through norm, attention, feed-forward and residuals without
 writing anything between. The weights come from the L2 cache, in which the programs of one block
-find them. With gradients the forward kernel keeps what the backward pass needs; that pass is
-plain matrix products with small kernels between them.
+find them. With gradients the kernel keeps what the backward pass (`k1.kernels.backward`) needs.
 
 Shapes: S blocks, N tokens of each (whole sequences of T), d = embed, f = feed_forward.
 """
@@ -20,11 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from k1.block import Folded, fused_attention
+from k1.block import Folded
 
 _EPS = tl.constexpr(1e-5)
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
-_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
@@ -36,10 +33,10 @@ def _normed(x, D: tl.constexpr):
 
 
 @triton.jit
-def _gelu(x):
-    """X times the normal distribution function, to 5e-6.
+def gelu_root(x):
+    """Root of the normal distribution function, of which x times the square is a gelu, to 5e-6.
 
-    That function is 1 / (1 + 2^p(x)) with an odd polynomial p, fitted to it: this takes a third of
+    The function is 1 / (1 + 2^p(x)) with an odd polynomial p, fitted to it: this takes a third of
     the instructions of `tl.erf`, which would be the larger part of a block's.
     """
     square = x * x
@@ -47,12 +44,18 @@ def _gelu(x):
     power = power * square + 0.00036027447
     power = power * square - 0.10522669
     power = power * square - 2.3020454
-    root = tl.rsqrt(1.0 + tl.exp2(power * x))
+    return tl.rsqrt(1.0 + tl.exp2(power * x))
+
+
+@triton.jit
+def _gelu(x):
+    root = gelu_root(x)
     return x * root * root
 
 
 @triton.jit
-def _dot(a, b):
+def dot(a, b):
+    """Multiply; float32 without rounding to TF32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
@@ -61,7 +64,7 @@ def _project(h, weights, first, bias, column, W: tl.constexpr):
     """Multiply h [M, D] by W columns of weights [D, 3 * D] from `column` on; add the bias."""
     tile = weights.load([first, column])
     shift = tl.load(bias + column + tl.arange(0, W))
-    return (_dot(h, tile) + shift[None, :].to(tl.float32)).to(h.dtype)
+    return (dot(h, tile) + shift[None, :].to(tl.float32)).to(h.dtype)
 
 
 @triton.jit
@@ -119,13 +122,13 @@ def _forward(
         k = tl.permute(tl.reshape(k, (M, H, HD)), (1, 2, 0))
         v = tl.permute(tl.reshape(v, (M, H, HD)), (1, 0, 2))
         seen = (row[:, None] // T == row[None, :] // T) & (row[None, :] <= row[:, None])
-        score = tl.where(seen[None], _dot(q, k), -1e30)
+        score = tl.where(seen[None], dot(q, k), -1e30)
         power = tl.exp2(score * scale - (tl.max(score, 2) * scale)[:, :, None])
-        o = _dot(power.to(kind), v) / tl.sum(power, 2)[:, :, None]
+        o = dot(power.to(kind), v) / tl.sum(power, 2)[:, :, None]
         o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, D)).to(kind)
         if KEEP and keep >= 0:
             tl.store(o_ptr + place[:, None] * D + d[None, :], o, mask=inside)
-        x += _dot(o, out.load([at, 0]))
+        x += dot(o, out.load([at, 0]))
     else:
         # Head by head, and in a long sequence earlier rows are normed and projected again, a chunk
         # at a time.
@@ -153,19 +156,19 @@ def _forward(
                         mine = ((key >= first) & (key < N))[:, None]
                         tl.store(kept_ptr + wide + D, k, mask=mine)
                         tl.store(kept_ptr + wide + 2 * D, v, mask=mine)
-                    score = _dot(q, tl.trans(k)) * scale
+                    score = dot(q, tl.trans(k)) * scale
                     seen = (row[:, None] // T == key[None, :] // T) & (key[None, :] <= row[:, None])
                     score = tl.where(seen, score, -1e30)
                     larger = tl.maximum(most, tl.max(score, 1))
                     power = tl.exp2(score - larger[:, None])
                     shrink = tl.exp2(most - larger)
                     total = total * shrink + tl.sum(power, 1)
-                    o = o * shrink[:, None] + _dot(power.to(kind), v)
+                    o = o * shrink[:, None] + dot(power.to(kind), v)
                     most = larger
             o = (o / total[:, None]).to(kind)
             if KEEP and keep >= 0:
                 tl.store(o_ptr + place[:, None] * D + i * HD + hd[None, :], o, mask=inside)
-            x += _dot(o, out.load([at + i * HD, 0]))
+            x += dot(o, out.load([at + i * HD, 0]))
     normed, inverse = _normed(x, D)
     h = normed.to(kind)
     if KEEP and keep >= 0:
@@ -174,67 +177,12 @@ def _forward(
     x += tl.load(back_bias_ptr + d)[None, :].to(tl.float32)
     for column in range(0, F, C):
         c = column + tl.arange(0, C)
-        u = _dot(h, mlp_in.load([at, column]))
+        u = dot(h, mlp_in.load([at, column]))
         u += tl.load(in_bias_ptr + c)[None, :].to(tl.float32)
         if KEEP and keep >= 0:
             tl.store(u_ptr + place[:, None] * F + c[None, :], u.to(kind), mask=inside)
-        x += _dot(_gelu(u).to(kind), mlp_out.load([at_hidden + column, 0]))
+        x += dot(_gelu(u).to(kind), mlp_out.load([at_hidden + column, 0]))
     tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside & (target >= 0))
-
-
-@triton.jit
-def _attention_backward(
-    qkv_ptr, o_ptr, do_ptr, dqkv_ptr, scale,
-    T: tl.constexpr, D: tl.constexpr, HD: tl.constexpr,
-):  # fmt: skip
-    """One head of one sequence."""
-    t, hd = tl.arange(0, T), tl.program_id(1) * HD + tl.arange(0, HD)
-    row = tl.program_id(0).to(tl.int64) * T + t
-    wide = row[:, None] * (3 * D) + hd[None, :]
-    narrow = row[:, None] * D + hd[None, :]
-    q, k = tl.load(qkv_ptr + wide), tl.load(qkv_ptr + wide + D)
-    v, do = tl.load(qkv_ptr + wide + 2 * D), tl.load(do_ptr + narrow)
-    o = tl.load(o_ptr + narrow)
-    score = tl.where(t[None, :] <= t[:, None], _dot(q, tl.trans(k)) * scale, -1e30)
-    power = tl.exp(score - tl.max(score, 1)[:, None])
-    power = power / tl.sum(power, 1)[:, None]
-    along = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    dv = _dot(tl.trans(power.to(v.dtype)), do)
-    dscore = power * (_dot(do, tl.trans(v)) - along[:, None]) * scale
-    dscore = dscore.to(q.dtype)
-    tl.store(dqkv_ptr + wide, _dot(dscore, k).to(q.dtype))
-    tl.store(dqkv_ptr + wide + D, _dot(tl.trans(dscore), q).to(q.dtype))
-    tl.store(dqkv_ptr + wide + 2 * D, dv.to(q.dtype))
-
-
-@triton.jit
-def _norm_backward(
-    grad_ptr, normed_ptr, inverse_ptr, beside_ptr, out_ptr, rows,
-    D: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Gradient through a layer norm, plus that of the residual connection around it."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    at, inside = row[:, None] * D + tl.arange(0, D)[None, :], (row < rows)[:, None]
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    normed = tl.load(normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    beside = tl.load(beside_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)
-    along = tl.sum(grad * normed, 1) / D
-    grad = grad - (tl.sum(grad, 1) / D)[:, None] - normed * along[:, None]
-    out = beside + inverse[:, None] * grad
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gelu_backward(u_ptr, grad_ptr, act_ptr, size, E: tl.constexpr):
-    """Replace the gradient behind a gelu by the one before it, and leave the gelu's value."""
-    at = tl.program_id(0).to(tl.int64) * E + tl.arange(0, E)
-    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    below = 0.5 * (1.0 + tl.erf(u * _ROOT_HALF))
-    grad *= below + u * _DENSITY * tl.exp(-0.5 * u * u)
-    tl.store(act_ptr + at, (u * below).to(act_ptr.dtype.element_ty), mask=at < size)
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=at < size)
 
 
 _ROWS = 64
@@ -244,9 +192,6 @@ _COLUMNS = 64
 """Hidden values of the feed-forward that it holds at once."""
 _WIDEST = 128
 """Widest block whose heads' weights all fit on the chip."""
-_LONGEST_BACKWARD = 128
-"""The kernel for the attention gradient holds a sequence's scores on the chip; PyTorch's, which
-runs for longer ones, does not."""
 
 
 def _at_once(embed: int, time: int) -> bool:
@@ -357,71 +302,3 @@ def run_blocks(
         KEEP=kept is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What R blocks' weight gradients are products of, beside what was kept."""
-
-    by_qkv: Tensor
-    """[R, N, 3 * d]: gradient of the projections."""
-    by_middle: Tensor
-    """[R, N, d]: gradient between attention and feed-forward."""
-    by_hidden: Tensor
-    """[R, N, f]: gradient before the gelu."""
-    act: Tensor
-    """[R, N, f]: the gelu's values."""
-
-    @staticmethod
-    def empty(kept: Kept) -> Factors:
-        """Make room for the blocks of `kept`."""
-        return Factors(*map(torch.empty_like, (kept.qkv, kept.attended, kept.hidden, kept.hidden)))
-
-    def rows(self, start: int, stop: int) -> Factors:
-        """View some of the blocks."""
-        return Factors(*[t[start:stop] for t in vars(self).values()])
-
-
-def backward_inputs(
-    folded: Folded, kept: Kept, dy: Tensor, factors: Factors, dx: Tensor, time: int, heads: int
-) -> None:
-    """Write the gradients of R blocks' inputs, given those of their outputs.
-
-    Args:
-        folded: the weights of these blocks (the biases are not used).
-        kept: what the forward pass kept.
-        dy: [R, N, d], contiguous.
-        factors: written: what `k1.kernels.weights` needs.
-        dx: [R, N, d], contiguous; written.
-        time: T.
-        heads: attention heads.
-    """
-    blocks, tokens, d = dy.shape
-    rows = blocks * tokens
-
-    def through_norm(
-        grad: Tensor, normed: Tensor, inverse: Tensor, beside: Tensor, out: Tensor
-    ) -> None:
-        _norm_backward[(triton.cdiv(rows, 16),)](
-            grad, normed, inverse, beside, out, rows, D=d, R=16
-        )
-
-    du, size = factors.by_hidden, factors.by_hidden.numel()
-    torch.bmm(dy, folded.mlp_out.transpose(1, 2), out=du)
-    _gelu_backward[(triton.cdiv(size, 1024),)](kept.hidden, du, factors.act, size, E=1024)
-    dn = torch.bmm(du, folded.mlp_in.transpose(1, 2))
-    through_norm(dn, kept.normed_2, kept.inverse_2, dy, factors.by_middle)
-    do = torch.bmm(factors.by_middle, folded.out.transpose(1, 2))
-    if time <= _LONGEST_BACKWARD:
-        _attention_backward[(rows // time, heads)](
-            kept.qkv, kept.attended, do, factors.by_qkv, (d // heads) ** -0.5,
-            T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
-        )  # fmt: skip
-    else:
-        qkv = kept.qkv.view(-1, time, 3 * d).detach().requires_grad_()
-        with torch.enable_grad():
-            attended = fused_attention(qkv, heads)
-        (grad,) = torch.autograd.grad(attended, qkv, do.view(-1, time, d))
-        factors.by_qkv.copy_(grad.view_as(factors.by_qkv))
-    torch.bmm(factors.by_qkv, folded.qkv.transpose(1, 2), out=dn)
-    through_norm(dn, kept.normed_1, kept.inverse_1, factors.by_middle, dx)

@@ -151,6 +151,7 @@ def _add_counts(
     counts: tl.tensor,
     shares: tl.tuple,
     widths: tl.tuple,
+    rows: tl.tensor,
     scale: tl.tensor,
     fine: tl.tensor,
     bigram: tl.tensor,
@@ -171,6 +172,8 @@ def _add_counts(
     """One slot of one lane, and a block of tokens."""
     program = tl.program_id(0)
     row = (program // token_blocks).to(tl.int64)
+    if rows is not None:
+        row = tl.load(rows + row)
     lane, slot = row // slots, row % slots
     if (tl.load(scale + row) > 0) & (tl.load(fine + lane) != 0):
         n = (program % token_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -205,6 +208,7 @@ def count_fused(
     fine: Tensor,
     text: Text,
     config: EvidenceConfig,
+    row: Tensor | None = None,
 ) -> None:
     """Count a batch for the blocks that were held responsible for it, in place, in one launch.
 
@@ -219,17 +223,19 @@ def count_fused(
         fine: bool [L]: a lane that is not counts nothing.
         text: the batch as the routers see it.
         config: the numbers of buckets.
+        row: int64 [M]: the only rows [L * S] in question, each once but for scratch rows.
     """
     if not levels:
         return
     (lanes, slots), tokens = scale.shape, shares[0].shape[2]
     size = min(256, triton.next_power_of_2(tokens))
     blocks = triton.cdiv(tokens, size)
-    _add_counts[(lanes * slots * blocks,)](
+    _add_counts[((lanes * slots if row is None else len(row)) * blocks,)](
         counts,
         tuple(share.detach().contiguous() for share in shares),
         # Integers in a tuple would be compiled anew when a tree grows; floats are not.
         tuple(float(index.width) for index in levels),
+        row,
         scale.contiguous(),
         fine,
         text.bigram.contiguous(),

@@ -20,7 +20,8 @@ from k1.block import Folded
 from k1.forward import Activations, Batch, Forest, Text, arithmetic, priors
 from k1.graphs import Side
 from k1.head import cross_entropy_gradients
-from k1.kernels.block import Factors, Kept, backward_inputs, run_blocks
+from k1.kernels.backward import Factors, backward_inputs
+from k1.kernels.block import Kept, run_blocks
 from k1.kernels.embedding import embed_tokens, embedding_gradient, order_tokens
 from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
@@ -30,6 +31,10 @@ from k1.kernels.select import PathTable, list_paths
 from k1.kernels.sums import sum_rows
 from k1.kernels.weights import row_gradients
 from k1.path import Gradients
+
+_MANY = 25
+"""So many blocks for each chosen one take as much longer, when they look whether they are to keep
+their values, as it takes to run the chosen one again."""
 
 
 class TreePass:
@@ -91,6 +96,10 @@ class TreePass:
         self.values = self._mix_up(ys, self._prior)
         self.has_run = self._fresh = True
         return self
+
+    def keeps_for(self, table: PathTable) -> bool:
+        """Whether keeping values while all blocks run costs less than running some again."""
+        return len(self._flow) < _MANY * len(table.row)
 
     def choose(self, table: PathTable) -> TreePass:
         """Say which blocks' gradients will be wanted, after all have run."""

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from k1.block import Layout
-from k1.kernels.block import Factors, Kept
+from k1.kernels.backward import Factors
+from k1.kernels.block import Kept
 
 _BLOCK_TOKENS = 64
 """Tokens of one step of a program's loop."""
