@@ -73,6 +73,7 @@ class Arena:
         # What the host has to know without asking the device: kept in step by the methods below.
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
+        self._hyper: list[dict[str, float] | None] = [None] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
         self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
         self._leaves: dict[tuple[int, int], Leaves] = {}
@@ -126,19 +127,24 @@ class Arena:
         self["lr_factor"][lane] = 1.0
         self["mix"][lane] = 1.0 / self["mix"].shape[1]
         self.host_step[lane], self.host_top_k[lane] = 0, train.top_k
+        self._hyper[lane] = None
         self.set_tree(lane, tree)
 
     def set_hyper(self, lane: int, name: str, value: float) -> None:
         """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
         self[name][lane] = value
+        self._hyper[lane] = None
         if name == "top_k":
             self.host_top_k[lane] = int(value)
             self._forget(lane, self._leaves)
 
     def get_hyper(self, lane: int) -> dict[str, float]:
         """Read the hyper-parameters of a lane."""
-        names = ("lr", "top_k", "cooldown", "exploration")
-        return {name: self[name][lane].item() for name in names}
+        known = self._hyper[lane]
+        if known is None:  # the device is asked once for each change
+            names = ("lr", "top_k", "cooldown", "exploration")
+            known = self._hyper[lane] = {name: self[name][lane].item() for name in names}
+        return dict(known)
 
     def leaves(self, start: int, stop: int) -> Leaves:
         """Return where the drill-down of lanes start..stop can end."""
@@ -222,6 +228,7 @@ class Arena:
                     tensor[target] = tensor[source]
                 self.host_step[target] = self.host_step[source]
                 self.host_top_k[target] = self.host_top_k[source]
+                self._hyper[target] = self._hyper[source]
                 self.set_tree(target, self.trees[source].copy())
 
     def read_lane(self, lane: int) -> LaneState:
@@ -246,6 +253,7 @@ class Arena:
             tensor[lane] = saved.tensors[name].to(self.device)
         self.host_step[lane] = int(saved.tensors["step"])
         self.host_top_k[lane] = int(saved.tensors["top_k"])
+        self._hyper[lane] = None
         self.set_tree(lane, saved.tree.copy())
 
     def hash_lane(self, lane: int) -> str:
