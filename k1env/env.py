@@ -18,6 +18,7 @@ from k1.errors import CheckpointError, K1Error
 from k1.trainer import Trainer, pick_device
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
+from k1env.schedule import Task
 from k1env.session import Session
 from k1env.settings import Settings
 
@@ -137,6 +138,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self._ledger = ledger
         self._trained: dict[int, LaneState] = {}
         self._before: tuple[Any, Any] | None = None
+        self._can_undo = True
         self.session = self._new_session(0)
         slots = self.session.arena.scratch
         self.observation_space = observation_space(slots, len(self.data.domains))
@@ -170,16 +172,20 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; without a seed, one is drawn from the environment's generator."""
+        return self.session.scheduler.run([self.reset_task(seed)])[0]
+
+    def reset_task(self, seed: int | None = None) -> Task[tuple[Observation, dict[str, Any]]]:
+        """Do what `reset` does, as a task."""
         super().reset(seed=seed)
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
         self.session.rebind(drawn)
         self.session.start = self._start or self._trained.get(drawn)  # Phase 1 is not run twice
-        self.session.begin()
-        if self._start is None and drawn not in self._trained:
+        yield from self.session.begin_task()
+        trained = self.session.trained
+        if self._start is None and trained is not None and drawn not in self._trained:
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
-            assert self.session.trained is not None
-            self._trained[drawn] = self.session.trained
+            self._trained[drawn] = trained
         self._before = None
         return self.observe()
 
@@ -190,11 +196,15 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             ActionError: if the action is no integer or not in the table.
             K1Error: if the episode is over.
         """
+        return self.session.scheduler.run([self.step_task(action)])[0]
+
+    def step_task(self, action: int | np.integer) -> Task[StepReturn]:
+        """Do what `step` does, as a task."""
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
         index = self.session.moves.look_up(action).index
-        self._before = self.session.snapshot()
-        outcome = self.session.act(index)
+        self._before = self.session.snapshot() if self._can_undo else None
+        outcome = yield from self.session.act_task(index)
         price = self.settings.compute_price * outcome.spent / self.settings.interval
         reward = float(self.settings.reward_scale * outcome.fall - price)
         ended = self.session.finished
