@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import numpy as np
 from gymnasium import spaces
 
 from k1.arena import LaneState
-from k1.config import ModelConfig
-from k1.data import TextData, load_data
-from k1.errors import CheckpointError, K1Error
-from k1.trainer import Trainer, pick_device
+from k1.data import TextData
+from k1.errors import K1Error
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
 from k1env.schedule import Task
-from k1env.session import Session
+from k1env.session import Seat, Session
 from k1env.settings import Settings
+from k1env.setup import Setup, set_up
 
 Observation = dict[str, np.ndarray]
 StepReturn = tuple[Observation, float, bool, bool, dict[str, Any]]
@@ -112,39 +110,39 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             known = ", ".join(self.metadata["render_modes"])
             raise K1Error(f"unknown render_mode {render_mode!r}: choose one of {known}")
-        self.settings = config if config is not None else Settings.preset(preset)
-        if isinstance(data, TextData):
-            self.data = data
-        else:
-            source = data if data is not None else self.settings.system.data.source
-            fields = self.settings.system.data
-            self.data = load_data(
-                source,
-                tokenizer=fields.tokenizer,
-                vocab_size=fields.vocab_size,
-                max_bytes=fields.max_bytes,
-            )
-        self.device = pick_device(device)
-        self.render_mode = render_mode
-        self._start = None
-        if start is not None:
-            trainer = Trainer.load(start, self.data)
-            if config is None:  # a preset leaves open how siblings are mixed
-                router = trainer.config.model.router
-                system = self.settings.system.replace(model={"router": router})
-                self.settings = replace(self.settings, system=system)
-            _check_fit(start, trainer.config.model, self.settings.system.model)
-            self._start = trainer.arena.read_lane(0)
-        self._ledger = ledger
+        setup = set_up(preset, data=data, config=config, start=start, device=device)
+        self._furnish(setup, ledger, render_mode)
+
+    def _furnish(
+        self,
+        setup: Setup,
+        ledger: LedgerLike | None,
+        render_mode: str | None = None,
+        seat: Seat | None = None,
+    ) -> None:
+        self.settings, self.data = setup.settings, setup.data
+        self.device, self._start = setup.device, setup.start
+        self.render_mode, self._ledger = render_mode, ledger
         self._trained: dict[int, LaneState] = {}
         self._before: tuple[Any, Any] | None = None
-        self._can_undo = True
-        self.session = self._new_session(0)
+        self._can_undo = seat is None
+        self.session = self._new_session(0, seat)
         slots = self.session.arena.scratch
         self.observation_space = observation_space(slots, len(self.data.domains))
         self.action_space = spaces.Discrete(len(self.session.table))
 
-    def _new_session(self, seed: int) -> Session:
+    @classmethod
+    def seated(cls, setup: Setup, seat: Seat, ledger: LedgerLike) -> Phase2Env:
+        """Make an environment that lives in an arena among others.
+
+        It has the same episodes as one by itself. It keeps no copies of its system, which would
+        cost as much memory as the system: `undo` is not to be had.
+        """
+        env = cls.__new__(cls)
+        env._furnish(setup, ledger, seat=seat)
+        return env
+
+    def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
         return Session(
             self.settings,
             self.data,
@@ -152,6 +150,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             device=self.device,
             ledger=self._ledger,
             start=self._start,
+            seat=seat,
         )
 
     @property
@@ -268,6 +267,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin = Phase2Env.__new__(Phase2Env)
         twin.__dict__.update(self.__dict__)
         twin._ledger, twin._trained = None, dict(self._trained)
+        twin._before, twin._can_undo = None, True
         twin._np_random, twin.render_mode = None, None
         twin.action_space = copy.deepcopy(self.action_space)
         twin.observation_space = copy.deepcopy(self.observation_space)
@@ -321,17 +321,3 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
         Console().print(render.panel(self.session))
         return None
-
-
-def _check_fit(folder: str | Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """See that a checkpoint is of the model that the settings describe.
-
-    Raises:
-        CheckpointError: if not.
-    """
-    for name, value in asdict(ours).items():
-        if getattr(theirs, name) != value:
-            raise CheckpointError(
-                f"{folder} does not fit: its model.{name} is {getattr(theirs, name)}, "
-                f"not {value}; use the preset that it was made with"
-            )
