@@ -229,7 +229,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             "decision": session.decision,
             "bits_per_byte": dict(session.bits),
             "seen": list(session.seen),
-            "hyper": session.arena.get_hyper(0),
+            "hyper": session.arena.get_hyper(session.main),
             "cost": float(refused or impossible),
             "cost_components": {"refused": float(refused), "impossible": float(impossible)},
             "name": last.name if last else "",
