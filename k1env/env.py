@@ -218,12 +218,12 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         return observe(self.session, self.session.last), self._info()
 
     def _info(self) -> dict[str, Any]:
-        session, last = self.session, self.session.last
+        session, last, possible = self.session, self.session.last, self.action_masks()
         refused = bool(last and last.refused)
         impossible = bool(last and last.impossible)
         return {
-            "action_mask": self.action_masks(),
-            "permitted_mask": self.permitted_mask(),
+            "action_mask": possible,
+            "permitted_mask": self._permitted(possible),
             "stage": session.boundary.stage,
             "evidence": float(session.boundary.evidence),
             "decision": session.decision,
@@ -247,14 +247,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     def permitted_mask(self) -> np.ndarray:
         """Which possible actions the present stage permits: int8, one entry per action."""
-        session = self.session
-        return np.array(
-            [
-                session.possible(a) and session.boundary.rule(session.moves.request(a)).permitted
-                for a in session.table
-            ],
-            dtype=np.int8,
-        )
+        return self._permitted(self.action_masks())
+
+    def _permitted(self, possible: np.ndarray) -> np.ndarray:
+        boundary, moves = self.session.boundary, self.session.moves
+        mask = possible.copy()
+        for index in np.flatnonzero(possible):
+            mask[index] = boundary.rule(moves.request(moves.table[index])).permitted
+        return mask
 
     # -- looking ahead and back --------------------------------------------------------------------
 
