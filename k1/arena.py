@@ -151,10 +151,13 @@ class Arena:
         if (start, stop) not in self._leaves:
             top_k = self.host_top_k[start:stop]
             new = index_leaves(self.trees[start:stop], top_k, self.device)
-            held = self._leaves_room.setdefault((start, stop, new.chain.shape[2], new.most), new)
-            if held is not new:
-                held.copy_(new)
-            self._leaves[start, stop] = held
+            if self.fixed_room:
+                key = start, stop, new.chain.shape[2], new.most
+                held = self._leaves_room.setdefault(key, new)
+                if held is not new:
+                    held.copy_(new)
+                new = held
+            self._leaves[start, stop] = new
         return self._leaves[start, stop]
 
     def set_tree(self, lane: int, tree: Topology) -> None:
@@ -222,14 +225,22 @@ class Arena:
 
     def copy_lane(self, source: int, *targets: int) -> None:
         """Copy a lane onto others: a fork shares nothing with its parent."""
-        for target in targets:
-            if target != source:
-                for tensor in self.state.values():
+        others = [target for target in targets if target != source]
+        if not others:
+            return
+        first, last = others[0], others[-1]
+        side_by_side = others == list(range(first, last + 1))
+        for tensor in self.state.values():
+            if side_by_side:  # one copy is quicker than many
+                tensor[first : last + 1] = tensor[source]
+            else:
+                for target in others:
                     tensor[target] = tensor[source]
-                self.host_step[target] = self.host_step[source]
-                self.host_top_k[target] = self.host_top_k[source]
-                self._hyper[target] = self._hyper[source]
-                self.set_tree(target, self.trees[source].copy())
+        for target in others:
+            self.host_step[target] = self.host_step[source]
+            self.host_top_k[target] = self.host_top_k[source]
+            self._hyper[target] = self._hyper[source]
+            self.set_tree(target, self.trees[source].copy())
 
     def read_lane(self, lane: int) -> LaneState:
         """Return a detached copy of a lane."""

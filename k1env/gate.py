@@ -203,10 +203,11 @@ class Gate:
         while done < config.seeds:
             size = min(config.group if done else config.early, config.seeds - done)
             lanes = {arm: self.first + i * size for i, arm in enumerate(arms)}
+            for arm in arms:
+                source = shadow if arm == SHADOW and shadow is not None else main
+                arena.copy_lane(source, *range(lanes[arm], lanes[arm] + size))
             for i in range(size):
                 for arm in arms:
-                    source = shadow if arm == SHADOW and shadow is not None else main
-                    arena.copy_lane(source, lanes[arm] + i)
                     if done + i or not own_stream:
                         fresh = derive_seed("trial", seed, done + i)
                         arena["data_seed"][lanes[arm] + i] = fresh

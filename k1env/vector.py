@@ -130,6 +130,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             chosen: which environments; all by default.
         """
         numbers = list(range(self.num_envs) if chosen is None else chosen)
+        for i in numbers:
+            self._observations[i] = None
         tasks = [self.envs[i].reset_task(seeds[i]) for i in numbers]
         done = dict(zip(numbers, self._scheduler.run(tasks), strict=True))
         for i, (observation, _) in done.items():
@@ -156,6 +158,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             if not self._ended[i]:
                 self.envs[i].session.moves.look_up(action)
         tasks = [self._turn(i, action) for i, action in enumerate(chosen)]
+        self._observations = [None] * self.num_envs  # an error on the way calls for a reset
         results = self._scheduler.run(tasks)
         for i, result in enumerate(results):
             self._observations[i] = result.observation

@@ -96,7 +96,10 @@ class Wide:
         for low, high in cover(list(owner), arena.lanes):
             gaps = [lane for lane in range(low, high) if lane not in owner]
             table = self._factors(owner, low, high, steps)
+            guide = next(lane for lane in range(low, high) if lane in owner)
             with untouched(arena, gaps):
+                for lane in gaps:  # or they would ask for probes at steps of their own
+                    arena.host_step[lane] = arena.host_step[guide]
                 self.engine.train(low, high, steps, None if table is None else table.__getitem__)
 
     def _factors(self, owner: dict[int, Train], low: int, high: int, steps: int) -> Tensor | None:

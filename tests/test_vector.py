@@ -233,6 +233,20 @@ def test_mistakes_in_the_arguments(data: TextData) -> None:
             make(**arguments)
 
 
+def test_an_error_on_the_way_calls_for_a_reset(
+    pair: Phase2VectorEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pair.envs[0].session.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", lambda *_: exec("raise RuntimeError('dead')"))
+        with pytest.raises(RuntimeError, match="dead"):
+            pair.step([0, 0])
+    with pytest.raises(ResetNeeded):
+        pair.step([0, 0])
+    pair.reset(seed=0)
+    pair.step([0, 0])
+
+
 # -- memory -------------------------------------------------------------------------------------
 
 
