@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from k1.config import Config
 from k1.data import TextData
+from k1.engine import Engine
 from k1.errors import K1Error
 from k1.trainer import Trainer
 from k1env.env import Observation, Phase2Env
@@ -58,7 +59,9 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     which `train.lr`, `train.top_k`, `train.cooldown` and `train.exploration` may differ too.
     `autoreset_mode` is one of `gymnasium.vector.AutoresetMode`. `ledgers` log each environment's
     decisions; by default nothing is logged, which spares a hash of the state at every step.
-    `spare_lanes` is how many lanes trials share; a trial that finds no room waits.
+    `spare_lanes` is how many lanes trials share; a trial that finds no room waits. `wide` lets many
+    lanes go through the engine as one batch (`k1env.wide`), as is the default on a GPU: faster for
+    small systems on a CPU too, and equal to a single environment to rounding, not to the last bit.
 
     ## Versus one environment
     There is no rendering and no `undo`. `envs` has the single environments, for `fork` and `peek`.
@@ -78,6 +81,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         ledgers: Sequence[LedgerLike] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         spare_lanes: int | None = None,
+        wide: bool | None = None,
         render_mode: None = None,
     ) -> None:
         """Load the text and lay out the lanes; nothing is trained before `reset`.
@@ -100,7 +104,9 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        self.envs = _seat(first, settings, ledgers or [UNLOGGED] * num_envs, spare_lanes)
+        ledgers = ledgers if ledgers is not None else [UNLOGGED] * num_envs
+        wide = wide if wide is not None else first.device.type != "cpu"
+        self.envs = _seat(first, settings, ledgers, spare_lanes, wide)
         self._scheduler = self.envs[0].session.scheduler
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
@@ -261,18 +267,23 @@ def _shared(system: Config) -> Config:
 
 
 def _seat(
-    setup: Setup, settings: list[Settings], ledgers: Sequence[LedgerLike], spare: int | None
+    setup: Setup,
+    settings: list[Settings],
+    ledgers: Sequence[LedgerLike],
+    spare: int | None,
+    wide: bool,
 ) -> list[Phase2Env]:
     """Lay out an arena, and make an environment for each of its systems."""
     count, widest = len(settings), max(Gate.lanes_needed(s.gate) for s in settings)
-    wide = setup.device.type != "cpu"
     if spare is None:
-        spare = max(widest, count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
+        spare = max(widest, 2 * count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
     if spare < widest:
         raise K1Error(f"spare_lanes = {spare}: a trial takes up to {widest} lanes")
     system, lanes = setup.settings.system, 2 * count + spare
     trainer = Trainer(system, setup.data, device=setup.device, lanes=lanes)
     trainer.arena.copy_lane(0, *range(1, lanes))  # wide calls come across lanes without an owner
+    if wide:
+        trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
     calls = Wide(trainer.engine) if wide else Separate(trainer.engine)
     scheduler = Scheduler(calls, range(2 * count, lanes))
     envs = []

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k1.data import TextData
 from k1.engine import Engine
 from k1.errors import K1Error
 from k1.trainer import Trainer
@@ -24,9 +23,7 @@ from k1env.schedule import (
     Task,
     Train,
 )
-from k1env.session import Seat, Session
 from k1env.wide import CALL, Wide, cover, untouched
-from tests.phase2_helpers import index_of, quick
 
 # -- the scheduler ------------------------------------------------------------------------------
 
@@ -217,35 +214,3 @@ def test_wide_calls_come_to_the_same_as_separate_ones(make: Any) -> None:
     assert len(found[0][0]) == 5
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-
-
-def test_sessions_go_on_in_wide_calls_as_by_themselves(data: TextData) -> None:
-    """To rounding, so that what they decide is the same."""
-    settings = [quick(), quick(interval=3, phase1_steps=6), quick(phase1_mode="exact")]
-    lanes = 6 + 18
-    trainer = Trainer(quick().system, data, lanes=lanes)
-    trainer.arena.copy_lane(0, *range(1, lanes))
-    trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
-    scheduler = Scheduler(Wide(trainer.engine), range(6, lanes))
-    together = [
-        Session(each, data, seed=i, seat=Seat(trainer.at(i), 3 + i, scheduler))
-        for i, each in enumerate(settings)
-    ]
-    alone = [Session(each, data, seed=i) for i, each in enumerate(settings)]
-    scheduler.run([session.begin_task() for session in together])
-    for session in alone:
-        session.begin()
-    for labels in (
-        ("add under slot 0", "tune lr x0.1", "no-op"),
-        ("tune lr x0.1", "stop", "no-op"),
-    ):
-        actions = [index_of(alone[0], label) for label in labels]
-        pairs = zip(together, actions, strict=True)
-        found = scheduler.run([session.act_task(action) for session, action in pairs])
-        for session, action, outcome in zip(alone, actions, found, strict=True):
-            wanted = session.act(action)
-            assert (wanted.verdict, wanted.spent) == (outcome.verdict, outcome.spent)
-    for one, other in zip(alone, together, strict=True):
-        assert one.bits == pytest.approx(other.bits, rel=1e-4)
-        assert one.tree.to_dict() == other.tree.to_dict()
-        assert one.trainer.steps == other.trainer.steps and one.spent == other.spent

@@ -133,24 +133,27 @@ def test_seeds(pair: Phase2VectorEnv) -> None:
     assert pair.np_random[0] is pair.envs[0].np_random
 
 
-@pytest.mark.gpu
-@ON_GPU
-def test_wide_calls_on_a_gpu_come_to_the_same(data: TextData) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+def test_wide_calls_come_to_the_same(data: TextData, device: str) -> None:
     """Products of other widths add up in another order, so not to the last bit."""
-    together = Phase2VectorEnv(3, config=varied(), data=data, device="cuda")
-    alone = [Phase2Env(config=each, data=data, device="cuda") for each in varied()]
+    together = Phase2VectorEnv(3, config=varied(), data=data, device=device, wide=True)
+    alone = [Phase2Env(config=each, data=data, device=device) for each in varied()]
     together.reset(seed=0)
     for seed, env in enumerate(alone):
         env.reset(seed=seed)
-    for turn in range(2):
+    for turn in range(3):
         actions = scripted(alone[0], turn)
         results = together.step_each(actions)
         for env, action, result in zip(alone, actions, results, strict=True):
-            observation, reward, *_ = env.step(action)
-            last = result.final[0] if result.final else result.observation
+            observation, reward, terminated, truncated, info = env.step(action)
+            last, its = result.final or (result.observation, result.info)
+            assert (result.terminated, result.truncated) == (terminated, truncated)
+            assert its["verdict"] == info["verdict"]
             for name, row in observation.items():
                 np.testing.assert_allclose(last[name], row, atol=2e-2, err_msg=name)
             assert result.reward == pytest.approx(reward, abs=0.5)
+            if terminated or truncated:
+                env.reset()
 
 
 # -- looking at single environments -------------------------------------------------------------
