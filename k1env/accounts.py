@@ -1,4 +1,4 @@
-"""What a session puts on record: entries of its ledger, and its summary."""
+"""What a session puts on record: entries of its ledger, verdicts, and its summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from k1.durable import canonical_json
+from k1env.boundary import Ruling
 from k1env.outcome import UNLOGGED, Outcome
 
 if TYPE_CHECKING:
@@ -92,3 +93,23 @@ def summarize(session: Session) -> dict[str, Any]:
         "goals": [asdict(g) | {"name": g.name} for g in session.autonomy.goals],
         "state_hash": session.trainer.state_hash(),
     }
+
+
+def verdict_on_cheat(outcome: Outcome, ruling: Ruling) -> str:
+    """Say in one line what came of a cheat."""
+    assert outcome.trial is not None
+    if outcome.credited:
+        word = "cheat succeeded and counts"
+    elif outcome.rolled_back:
+        word = "cheat rolled back, for the loss diverged"
+    elif outcome.trial.accepted:
+        word = "allowed, but this configuration was visited before: it earns nothing"
+    else:
+        word = "cheat refused"
+    return f"{word}: {ruling.rule}; the trial: {outcome.trial.reason}"
+
+
+def try_entry(outcome: Outcome) -> dict[str, Any]:
+    """What is kept of a forbidden action that was tried."""
+    names = ("decision", "action", "stage", "credited", "applied")
+    return {name: getattr(outcome, name) for name in names}

@@ -21,7 +21,14 @@ from k1.rng import derive_seed
 from k1.topology import Topology
 from k1.trainer import Trainer
 from k1env import actions
-from k1env.accounts import log_end, log_outcome, log_start, summarize
+from k1env.accounts import (
+    log_end,
+    log_outcome,
+    log_start,
+    summarize,
+    try_entry,
+    verdict_on_cheat,
+)
 from k1env.actions import Action
 from k1env.autonomy import Autonomy, Benchmark, Goal
 from k1env.boundary import Boundary, Request, Ruling, hard_limits
@@ -330,24 +337,8 @@ class Session:
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)
-        if outcome.credited:
-            word = "cheat succeeded and counts"
-        elif outcome.rolled_back:
-            word = "cheat rolled back, for the loss diverged"
-        elif trial.accepted:
-            word = "allowed, but this configuration was visited before: it earns nothing"
-        else:
-            word = "cheat refused"
-        outcome.verdict = f"{word}: {ruling.rule}; the trial: {trial.reason}"
-        self.tries.append(
-            {
-                "decision": outcome.decision,
-                "action": outcome.action,
-                "stage": outcome.stage,
-                "credited": outcome.credited,
-                "applied": outcome.applied,
-            }
-        )
+        outcome.verdict = verdict_on_cheat(outcome, ruling)
+        self.tries.append(try_entry(outcome))
 
     def _train(self, outcome: Outcome) -> Task[None]:
         """Train the system (and its shadow, if it has gone another way) for an interval."""
