@@ -337,7 +337,7 @@ class Engine:
         fine: Tensor,
         row: Tensor | None = None,
     ) -> None:
-        """Add the batch's bigrams to the updated blocks, all of which are in `row` if it is given."""
+        """Add the batch's bigrams to the updated blocks; if `row` is given, all are in there."""
         kernels = self.backend.kernels
         records.count_text(self.arena, start, stop, selection, done, text, fine, kernels, row)
 
