@@ -11,6 +11,34 @@ import torch
 T = TypeVar("T")
 
 
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Record what is launched inside, instead of launching it.
+
+    Args:
+        graph: what it is recorded in.
+        pool: memory to share with other graphs.
+
+    Raises:
+        torch.OutOfMemoryError: if there is not enough for what is recorded.
+    """
+    # Workspaces of cuBLAS have to be the graph's own: others may let go of those that exist
+    # (torch.compile does), and those that it makes are of no use to others.
+    torch._C._cuda_clearCublasWorkspaces()
+    # What others wait for goes before what runs beside it (`Side`).
+    first = torch.cuda.Stream(priority=-1)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=first):
+            yield
+    except RuntimeError as error:
+        # Ending the recording fails too, and hides why.
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise error.__context__ from None
+        raise
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class StepGraphs:
     """One recorded graph for each shape of a step.
 
@@ -40,16 +68,8 @@ class StepGraphs:
             return work()
         else:
             graph = torch.cuda.CUDAGraph()
-            # What others wait for goes before what runs beside it (`Side`).
-            first = torch.cuda.Stream(priority=-1)
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=first):
-                    result = work()
-            except RuntimeError as error:
-                # Ending the recording fails too, and hides why.
-                if isinstance(error.__context__, torch.OutOfMemoryError):
-                    raise error.__context__ from None
-                raise
+            with recording(graph, self._pool):
+                result = work()
             self._pool = self._pool or graph.pool()
             self._recorded[shape] = graph, result
         graph.replay()

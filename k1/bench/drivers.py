@@ -19,6 +19,7 @@ from k1.config import Config
 from k1.data import TextData
 from k1.engine import Engine
 from k1.forward import Batch, Weights, forward, lane_loss, read_text
+from k1.graphs import recording
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
 
@@ -201,7 +202,7 @@ class FrozenDriver(Driver):
                     self._forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with determinism(self.deterministic), torch.cuda.graph(self.graph):
+            with determinism(self.deterministic), recording(self.graph):
                 self._forward()
 
     @torch.no_grad()
