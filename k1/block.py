@@ -25,9 +25,6 @@ _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 _EPS = 1e-5
 """Added to the variance in norms: `F.layer_norm`'s own."""
-_CACHE_BYTES = 3 * 2**19
-"""Size of a frozen block's largest intermediate value, all blocks of a pass together, on a CPU:
-what stays in the cache, and in memory that is used again for the next blocks."""
 
 
 @dataclass(frozen=True)
@@ -137,21 +134,24 @@ def _by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
     return zip(pieces[:heads], pieces[heads : 2 * heads], pieces[2 * heads :], strict=True)
 
 
-def _attention(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Causal attention on a CPU, and if they are kept its weights [sequences, time, time] by head.
+def attend(qkv: Tensor, heads: int, mask: Tensor, weights: list[Tensor], out: Tensor) -> None:
+    """Causal attention on a CPU, written to `out` [sequences, time, embed].
 
     Narrow heads are 2-4 times faster as plain products than in torch's fused kernel; head by head,
     they read the projections in place.
+
+    Args:
+        qkv: [sequences, time, 3 * embed].
+        heads: attention heads.
+        mask: [time, time]: -inf above the diagonal.
+        weights: for each head, where its weights [sequences, time, time] go.
+        out: the result.
     """
-    time = qkv.shape[1]
-    mask = torch.full((time, time), -torch.inf, dtype=qkv.dtype).triu(1)
-    outs, weights = [], []
-    for q, k, v in _by_head(qkv, heads):
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    outs = []
+    for (q, k, v), scores in zip(_by_head(qkv, heads), weights, strict=True):
+        torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=scores)
         outs.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores), v))
-        if keep:
-            weights.append(scores)
-    return outs[0] if heads == 1 else torch.cat(outs, dim=-1), weights
+    torch.cat(outs, dim=-1, out=out)
 
 
 def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, heads: int) -> Tensor:
@@ -237,31 +237,24 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
         x = x + p.mlp_out_bias[:, None]
         x = torch.baddbmm(x, F.gelu(h), p.mlp_out)
         return x.view(blocks, batch, time, d)
-    if torch.is_grad_enabled():
-        out: Tensor = _Blocks.apply(x, heads, *p.tensors())
-        return out
-    # A few at a time: their values stay in the cache, and in memory that is used again.
-    y = x.new_empty(x.shape)
-    widest = batch * time * max(p.qkv.shape[2], p.mlp_in.shape[2], time) * x.element_size()
-    step = max(1, _CACHE_BYTES // widest)
-    for first in range(0, blocks, step):
-        some = slice(first, first + step)
-        _run(Folded(*[t[some] for t in p.tensors()]), x[some], heads, y[some], keep=False)
-    return y
+    out: Tensor = _Blocks.apply(x, heads, *p.tensors())
+    return out
 
 
-def _run(p: Folded, x: Tensor, heads: int, y: Tensor, keep: bool) -> list[Tensor]:
-    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back, if it is kept."""
+def _run(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
+    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back."""
     blocks, batch, time, d = x.shape
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
     normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
     qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
-    a, weights = _attention(qkv, heads, keep)
-    a = a.view(blocks, batch * time, d)
+    mask = torch.full((time, time), -torch.inf, dtype=x.dtype).triu(1)
+    weights = [x.new_empty(blocks * batch, time, time) for _ in range(heads)]
+    a = x.new_empty(blocks, batch * time, d)
+    attend(qkv, heads, mask, weights, a.view(blocks * batch, time, d))
     middle = torch.baddbmm(x, a, p.out)
     normed_2, *moments_2 = torch.native_layer_norm(middle, (d,), None, None, _EPS)
     h = torch.baddbmm(p.mlp_in_bias[:, None], normed_2, p.mlp_in)
-    active = F.gelu(h) if keep else torch.ops.aten.gelu_(h)
+    active = F.gelu(h)
     torch.add(middle, p.mlp_out_bias[:, None], out=y).baddbmm_(active, p.mlp_out)
     return [normed, *moments, qkv, a, middle, normed_2, *moments_2, h, active, *weights]
 
@@ -272,7 +265,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int, *weights: Tensor) -> Tensor:
         y = x.new_empty(x.shape)
-        kept = _run(Folded(*weights), x, heads, y, keep=True)
+        kept = _run(Folded(*weights), x, heads, y)
         ctx.heads = heads
         ctx.save_for_backward(x, *weights, *kept)
         return y
@@ -310,15 +303,15 @@ class _Blocks(torch.autograd.Function):
         return by_x.view_as(x), None, *by_weights.tensors()
 
 
-def child_logits(p: dict[str, Tensor], y: Tensor) -> Tensor:
+def child_logits(p: dict[str, Tensor], normed: Tensor) -> Tensor:
     """Learned routing logits of blocks over their children.
 
     Args:
         p: pieces of `block_layout`, each [blocks, ...].
-        y: the blocks' outputs [blocks, tokens, embed].
+        normed: the blocks' outputs [blocks, tokens, embed] after a norm without gain and shift.
 
     Returns:
         float32 [blocks, tokens, max_children].
     """
-    h = F.layer_norm(y, (y.shape[-1],))
-    return torch.bmm(h, p["router.weight"].to(y.dtype)).float() + p["router.bias"][:, None]
+    weight = p["router.weight"].to(normed.dtype)
+    return torch.bmm(normed, weight).float() + p["router.bias"][:, None]

@@ -22,6 +22,7 @@ from torch import Tensor
 from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, level_evidence
+from k1.frozen import Known, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.mixing import flat_index, mix, sibling_softmax, to_children
 from k1.topology import LevelIndex
@@ -186,41 +187,17 @@ def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config) -> Tensor:
     return y.view(*x.shape[:2], -1, x.shape[-1])
 
 
-def _run_others(
-    layout: Layout,
-    rows: Tensor,
-    above: Tensor,
-    index: LevelIndex,
-    config: Config,
-    at: Tensor,
-    y: Tensor,
+def learned_logits(
+    pieces: dict[str, Tensor], y: Tensor, normed: Tensor | None = None
 ) -> Tensor:
-    """Run the blocks of a level whose outputs are not known; returns all outputs [L, W, N, d].
+    """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d].
 
-    Args:
-        layout: of the rows.
-        rows: parameters [L * W, P].
-        above: outputs of the level above [L, W_above, B, T, d]; the root's inputs for the root.
-        index: the level.
-        config: the sizes.
-        at: int64: places in the flattened level of the blocks that are known.
-        y: their outputs [blocks, N, d].
+    `normed`, the same after a norm [L * W, N, d], is worked out if it is not given.
     """
-    if len(at) == len(rows):
-        return y.view(len(index.alive), index.width, *y.shape[1:])
-    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, at, False).nonzero()[:, 0]
-    source = flat_index(index.parent, above.shape[1])[others]
-    own = fold(layout.unpack(rows.index_select(0, others)), above.dtype)
-    new = block_forward(own, above.flatten(0, 1).index_select(0, source), config.model.heads)
-    out = y.new_empty(len(rows), *y.shape[1:])
-    out.index_copy_(0, at, y).index_copy_(0, others, new.flatten(1, 2))
-    return out.view(len(index.alive), index.width, *y.shape[1:])
-
-
-def learned_logits(pieces: dict[str, Tensor], y: Tensor) -> Tensor:
-    """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d]."""
     lanes, width = y.shape[:2]
-    out = child_logits(pieces, y.flatten(0, 1))
+    if normed is None:
+        normed = F.layer_norm(y.flatten(0, 1), (y.shape[-1],))
+    out = child_logits(pieces, normed)
     return out.transpose(1, 2).unflatten(0, (lanes, width))
 
 
@@ -231,7 +208,7 @@ def forward(
     batch: Batch,
     text: Text,
     config: Config,
-    known: list[tuple[Tensor, Tensor]] | None = None,
+    known: list[Known] | None = None,
 ) -> Activations:
     """Run whole trees. Keeps a graph if the weights require gradients.
 
@@ -242,22 +219,32 @@ def forward(
         batch: the windows.
         text: the same as the routers see them.
         config: the sizes.
-        known: of each level, blocks that need not run: their places int64 [blocks] in the
-            flattened level, and their outputs [blocks, N, d]. On a CPU, without a graph.
+        known: of each level, blocks that need not run. On a CPU, without a graph.
     """
     kind, dtype = config.model.router, arithmetic(config)
     _, b, t = batch.inputs.shape
     x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
+    frozen = not torch.is_grad_enabled() and x.device.type == "cpu"
     ys: list[Tensor] = []
     pieces: list[dict[str, Tensor]] = []
+    normed: list[Tensor] = []
     for index in levels:
         rows = weights.levels[index.level].flatten(0, 1)
         pieces.append(weights.block_layout.unpack(rows))
-        if known is not None:
-            above = ys[-1].unflatten(2, (b, t)) if ys else x
-            ys.append(
-                _run_others(weights.block_layout, rows, above, index, config, *known[len(ys)])
+        if frozen:
+            above = ys[-1].flatten(0, 1) if ys else x.flatten(2, 3).flatten(0, 1)
+            normed.append(F.layer_norm(above, above.shape[-1:]))
+            width = levels[index.level - 1].width if ys else 1
+            y = run_frozen(
+                fold(pieces[-1], dtype),
+                above,
+                normed[-1],
+                flat_index(index.parent, width),
+                t,
+                config.model.heads,
+                known[index.level] if known else None,
             )
+            ys.append(y.view(-1, index.width, *y.shape[1:]))
             continue
         if index.level:
             x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
@@ -267,7 +254,8 @@ def forward(
     share: list[Tensor] = []
     for parent, child in reversed(list(pairwise(levels))):
         y, below = ys[parent.level], prior[child.level]
-        learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
+        own = normed[child.level] if frozen else None
+        learned = None if kind == "mean" else learned_logits(pieces[parent.level], y, own)
         weight = sibling_softmax(below, learned, parent, child)
         mixed = mix(m[0], weight.to(dtype), parent, child)
         if parent.any_leaf:

@@ -30,6 +30,7 @@ from k1.forward import (
     lane_loss,
     learned_logits,
 )
+from k1.frozen import Known
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
 
@@ -192,10 +193,9 @@ def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlock
     return PathBlocks(rows, shared, by_level(pieces), ys)
 
 
-def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> tuple[Tensor, Tensor]:
-    """Places in the flattened level, and outputs [blocks, N, d], of a level's path blocks."""
+def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> Known:
     at, valid = flat_index(path.position, index.width), path.valid.flatten()
-    return at[valid], y.detach().flatten(0, 1)[valid]
+    return Known(at[valid], y.detach().flatten(0, 1)[valid])
 
 
 def as_leaf(view: Tensor) -> Tensor:
