@@ -8,7 +8,7 @@ lies where.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,10 @@ class Folded:
         """All of them in order."""
         return tuple(vars(self).values())
 
+    def cut(self, start: int, stop: int) -> Folded:
+        """View some of the blocks."""
+        return Folded(*[t[start:stop] for t in self.tensors()])
+
 
 def fold(p: dict[str, Tensor], dtype: torch.dtype) -> Folded:
     """Fold the norms of blocks, given as pieces of `block_layout`, each [blocks, ...]."""
@@ -241,8 +245,8 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     return out
 
 
-def _run(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
-    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back."""
+def run_keeping(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
+    """Write the outputs of blocks to `y` on a CPU; return what `go_back` needs."""
     blocks, batch, time, d = x.shape
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
     normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
@@ -259,13 +263,56 @@ def _run(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
     return [normed, *moments, qkv, a, middle, normed_2, *moments_2, h, active, *weights]
 
 
+def go_back(
+    p: Folded, x: Tensor, kept: Sequence[Tensor], heads: int, dy: Tensor, by: Folded
+) -> Tensor:
+    """Go back through blocks on a CPU.
+
+    Args:
+        p: the blocks' weights.
+        x: their inputs [blocks, batch, time, embed].
+        kept: what `run_keeping` returned.
+        heads: attention heads.
+        dy: the gradient of their outputs, of the same shape.
+        by: where the gradients of the weights go.
+
+    Returns:
+        The gradient of the inputs, of the same shape.
+    """
+    normed, mean, rstd, qkv, a, middle, normed_2, mean_2, rstd_2, h, active, *weights = kept
+    flat, d = a.shape, x.shape[-1]
+    dy = dy.reshape(flat)
+
+    def back(rows: Tensor, weight: Tensor, out: Tensor, by_weight: Tensor) -> Tensor:
+        torch.bmm(rows.transpose(1, 2), out, out=by_weight)
+        return torch.bmm(out, weight.transpose(1, 2))
+
+    def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        which = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(
+            out, rows, (d,), mean, rstd, None, None, which
+        )[0]
+
+    torch.sum(dy, 1, out=by.mlp_out_bias)
+    by_h = torch.ops.aten.gelu_backward(back(active, p.mlp_out, dy, by.mlp_out), h)
+    torch.sum(by_h, 1, out=by.mlp_in_bias)
+    by_normed = back(normed_2, p.mlp_in, by_h, by.mlp_in)
+    by_middle = norm_back(by_normed, middle, mean_2, rstd_2).add_(dy)
+    by_a = back(a, p.out, by_middle, by.out)
+    by_qkv = _attention_backward(qkv, weights, by_a.view(qkv.shape[0], -1, d), heads)
+    by_qkv = by_qkv.view(*flat[:2], -1)
+    torch.sum(by_qkv, 1, out=by.qkv_bias)
+    by_normed = back(normed, p.qkv, by_qkv, by.qkv)
+    return norm_back(by_normed, x.reshape(flat), mean, rstd).add_(by_middle).view_as(x)
+
+
 class _Blocks(torch.autograd.Function):
     """Blocks with gradients on a CPU: written out, for torch's own graph costs much there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int, *weights: Tensor) -> Tensor:
         y = x.new_empty(x.shape)
-        kept = _run(Folded(*weights), x, heads, y)
+        kept = run_keeping(Folded(*weights), x, heads, y)
         ctx.heads = heads
         ctx.save_for_backward(x, *weights, *kept)
         return y
@@ -274,33 +321,9 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        p, kept = Folded(*saved[:7]), saved[7:]
-        normed, mean, rstd, qkv, a, middle, normed_2, mean_2, rstd_2, h, active, *weights = kept
-        heads, flat, d = ctx.heads, a.shape, x.shape[-1]
-        dy = grad.reshape(flat)
-
-        def back(rows: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.bmm(out, weight.transpose(1, 2)), torch.bmm(rows.transpose(1, 2), out)
-
-        def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-            which = [True, False, False]
-            return torch.ops.aten.native_layer_norm_backward(
-                out, rows, (d,), mean, rstd, None, None, which
-            )[0]
-
-        by_active, by_mlp_out = back(active, p.mlp_out, dy)
-        by_h = torch.ops.aten.gelu_backward(by_active, h)
-        by_normed, by_mlp_in = back(normed_2, p.mlp_in, by_h)
-        by_middle = norm_back(by_normed, middle, mean_2, rstd_2).add_(dy)
-        by_a, by_out = back(a, p.out, by_middle)
-        by_qkv = _attention_backward(qkv, weights, by_a.view(qkv.shape[0], -1, d), heads)
-        by_qkv = by_qkv.view(*flat[:2], -1)
-        by_normed, by_weight = back(normed, p.qkv, by_qkv)
-        by_x = norm_back(by_normed, x.reshape(flat), mean, rstd).add_(by_middle)
-        by_weights = Folded(
-            by_weight, by_qkv.sum(1), by_out, by_mlp_in, by_h.sum(1), by_mlp_out, dy.sum(1)
-        )
-        return by_x.view_as(x), None, *by_weights.tensors()
+        p = Folded(*saved[:7])
+        by = Folded(*[torch.empty_like(t) for t in p.tensors()])
+        return go_back(p, x, saved[7:], ctx.heads, grad, by), None, *by.tensors()
 
 
 def child_logits(p: dict[str, Tensor], normed: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def run_frozen(
     qkv, h = above.new_empty(step, tokens, 3 * d), above.new_empty(step, tokens, f)
     scores = above.new_empty(step * tokens // time, time, time)
     for some in _runs(blocks, done, step):
-        n, w = some.stop - some.start, Folded(*[t[some] for t in p.tensors()])
+        n, w = some.stop - some.start, p.cut(some.start, some.stop)
         source, out = parent[some], y[some]
         torch.index_select(normed, 0, source, out=inputs[:n])
         torch.baddbmm(w.qkv_bias[:, None], inputs[:n], w.qkv, out=qkv[:n])
