@@ -128,7 +128,7 @@ def fused_attention(qkv: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(sequences, time, d)
 
 
-def _by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each head [sequences, time, embed / heads], where they lie."""
     pieces = qkv.split(qkv.shape[-1] // (3 * heads), dim=-1)
     return zip(pieces[:heads], pieces[heads : 2 * heads], pieces[2 * heads :], strict=True)
@@ -148,7 +148,7 @@ def attend(qkv: Tensor, heads: int, mask: Tensor, weights: list[Tensor], out: Te
         out: the result.
     """
     outs = []
-    for (q, k, v), scores in zip(_by_head(qkv, heads), weights, strict=True):
+    for (q, k, v), scores in zip(by_head(qkv, heads), weights, strict=True):
         torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=scores)
         outs.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores), v))
     torch.cat(outs, dim=-1, out=out)
@@ -158,7 +158,7 @@ def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, he
     """Gradient of the projections [sequences, time, 3 * embed] from that of `_attention`."""
     by_q, by_k, by_v = [], [], []
     width = grad.shape[-1] // heads
-    parts = zip(_by_head(qkv, heads), weights, grad.split(width, dim=-1), strict=True)
+    parts = zip(by_head(qkv, heads), weights, grad.split(width, dim=-1), strict=True)
     for (q, k, v), weight, out in parts:
         by_weight = torch.bmm(out, v.transpose(1, 2))
         scores = torch._softmax_backward_data(by_weight, weight, -1, weight.dtype)
