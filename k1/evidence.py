@@ -90,13 +90,13 @@ def level_evidence(
     ages = torch.arange(3, device=counts.device)[:, None] * counts.shape[-1]
     index = (bucket[:, None] + ages).flatten(1)
     found = counts.flatten(2).gather(2, index[:, None].expand(-1, width, -1))
-    own = found.view(lanes, width, 3, -1).sum(2).float() / UNIT * child.alive[..., None]
+    own = found.view(lanes, width, 3, -1).sum(2).float().mul_(child.alive[..., None] / UNIT)
     pooled = to_children(to_parents(own, parent, child), parent, child)
     (both, before), (all_both, all_before) = own.split(tokens, 2), pooled.split(tokens, 2)
     # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
     prior = (all_both + config.strength / n) / (all_before + config.strength)
-    ratio = (both + config.strength * prior) / (before + config.strength) / prior
-    log_ratio = ratio.log().view(lanes, width, *bigram.shape[1:])
+    ratio = (both / prior).add_(config.strength).div_(before + config.strength)
+    log_ratio = ratio.log_().view(lanes, width, *bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
     total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1).contiguous())
     return config.tau * total.permute(0, 3, 1, 2).flatten(2)
