@@ -98,8 +98,8 @@ def level_evidence(
     ratio = (both / prior).add_(config.strength).div_(before + config.strength)
     log_ratio = ratio.log_().view(lanes, width, *bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
-    total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1).contiguous())
-    return config.tau * total.permute(0, 3, 1, 2).flatten(2)
+    total = torch.matmul(log_ratio.transpose(1, 2), mask.transpose(2, 3))
+    return total.transpose(1, 2).flatten(2).mul_(config.tau)
 
 
 def add_counts(
