@@ -57,8 +57,9 @@ class _Chain(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, links: list[Tensor], heads: int, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        p, ys, kept = Folded(*weights), [], []
-        inputs = x[:, None]
+        p, inputs = Folded(*weights), x[:, None]
+        ys: list[Tensor] = []
+        kept: list[list[Tensor]] = []
         for level, cut in enumerate(_cuts(x, links)):
             if level:
                 inputs = _hand_down(links[level - 1], ys[-1])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
-from k1.evidence import hash_bigrams, history_mask, level_evidence
+from k1.evidence import hash_bigrams, history_mask, levels_evidence
 from k1.frozen import Known, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.mixing import flat_index, mix, sibling_softmax, to_children
@@ -187,9 +187,7 @@ def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config) -> Tensor:
     return y.view(*x.shape[:2], -1, x.shape[-1])
 
 
-def learned_logits(
-    pieces: dict[str, Tensor], y: Tensor, normed: Tensor | None = None
-) -> Tensor:
+def learned_logits(pieces: dict[str, Tensor], y: Tensor, normed: Tensor | None = None) -> Tensor:
     """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d].
 
     `normed`, the same after a norm [L * W, N, d], is worked out if it is not given.
@@ -273,20 +271,28 @@ def priors(
     The kernel for the evidence is used if `fused`.
     """
     result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
-    if config.model.router != "evidence":
+    if config.model.router != "evidence" or len(levels) == 1:
         return result
-    for parent, child in pairwise(levels):
-        counts, ev = router.counts[child.level], config.evidence
-        if fused:
-            from k1.kernels.evidence import level_evidence_fused
+    ev = config.evidence
+    if fused:
+        from k1.kernels.evidence import level_evidence_fused
 
-            value = level_evidence_fused(
-                counts, parent, child, text.bigram, text.context, text.starts, ev
+        values = [
+            level_evidence_fused(
+                router.counts[child.level],
+                parent,
+                child,
+                text.bigram,
+                text.context,
+                text.starts,
+                ev,
             )
-        else:
-            value = level_evidence(counts, parent, child, text.bigram, text.context, text.mask, ev)
-        result[child.level] = result[child.level] + value
-    return result
+            for parent, child in pairwise(levels)
+        ]
+    else:
+        counts = router.counts[1 : len(levels)]
+        values = levels_evidence(counts, levels[1:], text.bigram, text.context, text.mask, ev)
+    return [result[0], *[prior + value for prior, value in zip(result[1:], values, strict=True)]]
 
 
 def arithmetic(config: Config) -> torch.dtype:

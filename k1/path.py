@@ -35,7 +35,6 @@ from k1.frozen import Known
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
 
-
 ROUTER = ("router.weight", "router.bias")
 """The pieces of a block that the mixing needs."""
 
@@ -175,7 +174,7 @@ class PathPass:
 
 def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlocks:
     """Run the path blocks with a graph."""
-    config, (lanes, slots, _) = forest.config, forest.rows.shape
+    config, slots = forest.config, forest.rows.shape[1]
     chosen = torch.cat([flat_index(path.slot, slots) for path in paths])
     rows = forest.rows.flatten(0, 1).index_select(0, chosen).requires_grad_()
     shared = as_leaf(forest.shared)
