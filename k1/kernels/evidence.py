@@ -104,7 +104,7 @@ def level_evidence_fused(
 ) -> Tensor:
     """Sum the log-likelihood of each child's statistics over the text so far.
 
-    The same as `k1.evidence.level_evidence`, for windows of at most `MAX_TIME` tokens, a power of
+    The same as `k1.evidence.levels_evidence`, for windows of at most `MAX_TIME` tokens, a power of
     two.
 
     Args:
