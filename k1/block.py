@@ -215,7 +215,8 @@ class _Through(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shift, weight = ctx.saved_tensors
-        by_shift = torch.bmm(weight, grad[..., None])[..., 0]
+        # A row times a matrix: a matrix times a column gives a CPU's lanes bits of their own.
+        by_shift = torch.bmm(grad[:, None], weight.transpose(1, 2))[:, 0]
         return by_shift, shift[..., None] * grad[:, None]
 
 
