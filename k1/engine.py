@@ -70,7 +70,7 @@ class Engine:
         self.backend = choose_backend(arena.config, arena.device, fused)
         self._side, self._forward_side, self._inner_side = (Side(arena.device) for _ in range(3))
         recorded = on_gpu and self.backend.kernels if graph is None else graph
-        self.graphs = StepGraphs() if recorded else None
+        self.graphs = StepGraphs(arena.device) if recorded else None
 
     def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
         """Do work on lanes start..stop, chunk by chunk.
@@ -131,11 +131,12 @@ class Engine:
         every = config.update.attribution_every
         due = any(a.host_step[lane] % every == 0 for lane in range(start, stop))
         work = partial(self._step, start, stop, due, batch)
+        # Read here, for a change of the tree is written when it is asked for: before any fork.
+        index, most = a.index(start, stop), a.leaves(start, stop).most
         if self.graphs is None or batch is not None:
             result = work()
         else:
-            shape = tuple((i.width, i.children.shape[-1]) for i in a.index(start, stop))
-            most = a.leaves(start, stop).most
+            shape = tuple((i.width, i.children.shape[-1]) for i in index)
             result = self.graphs.run((self.mode, start, stop, due, shape, most), work)
         for lane in range(start, stop):
             a.host_step[lane] += 1

@@ -20,6 +20,8 @@ from k1.topology import LevelIndex
 
 UNIT = 256
 """Integer steps per counted token."""
+LONGEST_FUSED = 256
+"""Tokens of a window that `k1.kernels.evidence` takes, at most."""
 OLD, PREVIOUS, CURRENT = 0, 1, 2
 """The three ages of counts: before the recent window, its first half, its second half."""
 
@@ -141,3 +143,8 @@ def rotate(counts: Tensor) -> None:
     counts[..., OLD, :] += counts[..., PREVIOUS, :]
     counts[..., PREVIOUS, :] = counts[..., CURRENT, :]
     counts[..., CURRENT, :] = 0
+
+
+def kernel_fits(time: int) -> bool:
+    """Whether `k1.kernels.evidence` takes windows of so many tokens."""
+    return time <= LONGEST_FUSED and time & (time - 1) == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
-from k1.evidence import hash_bigrams, history_mask, levels_evidence
+from k1.evidence import hash_bigrams, history_mask, kernel_fits, levels_evidence
 from k1.frozen import Known, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.kernels import AVAILABLE
@@ -328,13 +328,13 @@ def priors(
 ) -> list[Tensor]:
     """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused.
 
-    The kernel for the evidence is used if `fused`.
+    The kernel for the evidence is used if `fused`, and if it takes windows of this length.
     """
     result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
     if config.model.router != "evidence" or len(levels) == 1:
         return result
     ev = config.evidence
-    if fused:
+    if fused and kernel_fits(text.bigram.shape[-1]):
         from k1.kernels.evidence import level_evidence_fused
 
         values = [

@@ -68,10 +68,12 @@ def check_evidence(level, time):
 
 
 def check_the_longest_window():
-    from k1.kernels.evidence import MAX_TIME
+    from k1.evidence import LONGEST_FUSED
 
-    case = Case(0, MAX_TIME, windows=1)
-    case.starts &= torch.arange(MAX_TIME, device=device()) < 20  # one document of over 200 tokens
+    case = Case(0, LONGEST_FUSED, windows=1)
+    case.starts &= (
+        torch.arange(LONGEST_FUSED, device=device()) < 20
+    )  # one document of over 200 tokens
     found = case.fused()
     for lane in (0, 3):
         slots = case.parent.children[lane, 0][case.parent.has_child[lane, 0]]

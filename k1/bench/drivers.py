@@ -202,7 +202,7 @@ class FrozenDriver(Driver):
                     self._forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with determinism(self.deterministic), recording(self.graph):
+            with determinism(self.deterministic), recording(self.graph, side):
                 self._forward()
 
     @torch.no_grad()

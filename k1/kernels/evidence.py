@@ -19,9 +19,6 @@ from k1.topology import LevelIndex
 if TYPE_CHECKING:
     from k1.forward import Text
 
-MAX_TIME = 256
-"""Longest window of `level_evidence_fused`; windows have a power of two of tokens."""
-
 
 # Sizes that a change of the tree changes: a special case of each would be compiled again.
 @triton.jit(do_not_specialize=["width", "width_child"])
@@ -104,8 +101,7 @@ def level_evidence_fused(
 ) -> Tensor:
     """Sum the log-likelihood of each child's statistics over the text so far.
 
-    The same as `k1.evidence.levels_evidence`, for windows of at most `MAX_TIME` tokens, a power of
-    two.
+    The same as `k1.evidence.levels_evidence`, for windows that `k1.evidence.kernel_fits`.
 
     Args:
         counts: int64 [L, W_child, 3, buckets + context_buckets].
