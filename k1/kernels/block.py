@@ -87,9 +87,10 @@ def _forward(
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     M: tl.constexpr, C: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(1).to(tl.int64)
+    pieces = tl.cdiv(N, M)
+    block = (tl.program_id(0) // pieces).to(tl.int64)
     source = tl.load(source_ptr + block)
-    first = tl.program_id(0) * M
+    first = tl.program_id(0) % pieces * M
     row, d = first + tl.arange(0, M), tl.arange(0, D)
     inside = (row < N)[:, None]
     here = row[:, None] * D + d[None, :]
@@ -298,7 +299,7 @@ def run_blocks(
         out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
     at_once = time <= _ROWS and d <= _WIDEST
     width = d if at_once else d // heads
-    _forward[(triton.cdiv(tokens, _ROWS), blocks)](
+    _forward[(triton.cdiv(tokens, _ROWS) * blocks,)](
         x, source, weight, source if keep is None else keep, target, out,
         _tiles(folded.qkv, d, width), folded.qkv_bias, _tiles(folded.out, width, d),
         _tiles(folded.mlp_in, d, _COLUMNS), folded.mlp_in_bias,
