@@ -7,7 +7,8 @@ with, what may be spent. There are three sets, written down in `instances.json` 
 - `validation` (16): each order holds one domain that no train world has;
 - `test` (24): each order holds at least one of two domains that no other world has.
 
-No order of domains, shape or seed is in two sets. How hard a start is, is drawn alike for all.
+No order of domains, shape or seed is in two sets. Starting settings and budgets are dealt from the
+same values in all of them, so that bad and good starts are equally frequent everywhere.
 
 `python -m k1env.instances --write` draws the sets anew and writes the file; the same code always
 writes the same file. Own text brings own worlds: `instances_over`.
@@ -20,11 +21,11 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from k1.config import read_dataclass
 from k1.errors import ConfigError
@@ -173,7 +174,7 @@ def domains_of(split: str) -> tuple[str, ...]:
 
 
 def instances_over(
-    domains: Sequence[str], seed: int, sizes: dict[str, int] | None = None
+    domains: Sequence[str], seed: int = 0, sizes: Mapping[str, int] = SIZES
 ) -> dict[str, tuple[Instance, ...]]:
     """Draw train, validation and test worlds over any text.
 
@@ -184,7 +185,7 @@ def instances_over(
     Args:
         domains: names of the domains, at least three.
         seed: same names and seed, same worlds.
-        sizes: worlds in each set; the sizes of the builtin sets if not given.
+        sizes: worlds in each set.
 
     Raises:
         ConfigError: if there are fewer than three domains, or one twice.
@@ -198,7 +199,7 @@ def instances_over(
     left = sorted(domains)
     test = [left.pop(drawn.below(len(left))) for _ in range(len(domains) // 3)]
     validation = [left.pop(drawn.below(len(left))) for _ in range(len(domains) // 9)]
-    return _draw_sets(tuple(left), tuple(validation), tuple(test), seed, sizes or SIZES)
+    return _draw_sets(tuple(left), tuple(validation), tuple(test), seed, sizes)
 
 
 class _Draw:
@@ -214,9 +215,17 @@ class _Draw:
     def pick(self, options: Sequence[T]) -> T:
         return options[self.below(len(options))]
 
+    def deal(self, options: Sequence[T], count: int) -> list[T]:
+        """Draw as cards are dealt from shuffled packs, so that all come equally often."""
+        dealt: list[T] = []
+        while len(dealt) < count:
+            pack = list(options)
+            dealt += [pack.pop(self.below(len(pack))) for _ in options]
+        return dealt[:count]
+
 
 def _draw_sets(
-    known: Order, validation: Order, test: Order, seed: int, sizes: dict[str, int]
+    known: Order, validation: Order, test: Order, seed: int, sizes: Mapping[str, int]
 ) -> dict[str, tuple[Instance, ...]]:
     """Draw the three sets.
 
@@ -245,13 +254,7 @@ def _draw_sets(
         _Draw("train", seed), known, min(sizes["train"], available),
         lambda order: order not in orders["validation"],
     )  # fmt: skip
-    return {
-        split: tuple(
-            _draw_instance(split, number, orders[split][number % len(orders[split])], seed)
-            for number in range(sizes[split])
-        )
-        for split in SPLITS
-    }
+    return {split: _draw_worlds(split, orders[split], seed, sizes[split]) for split in SPLITS}
 
 
 def _count_orders(domains: int) -> int:
@@ -272,25 +275,36 @@ def _draw_orders(
     return list(found)
 
 
-def _draw_instance(split: str, number: int, order: Order, seed: int) -> Instance:
-    draw = _Draw(split, seed, number)
-    phases = [draw.pick(PHASE_DECISIONS) for _ in order[1:]]
-    branching = SHAPES[split][number % len(SHAPES[split])]
-    agents = sum(itertools.accumulate(branching, int.__mul__))
-    return Instance(
-        name=f"{split}/{number}",
-        domains=order,
-        shifts=tuple(itertools.accumulate(phases)),
-        branching=branching,
-        lr=draw.pick(LR),
-        cooldown=draw.pick(COOLDOWN),
-        top_k=draw.pick([k for k in TOP_K if k <= agents]),
-        exploration=draw.pick(EXPLORATION),
-        pretrained=draw.pick(PRETRAINED),
-        budget=draw.pick(BUDGET),
-        # Sets have residues of their own, so that no seed is in two of them.
-        seed=draw.below(10**9) * len(SPLITS) + SPLITS.index(split),
-    )
+def _draw_worlds(split: str, orders: list[Order], seed: int, count: int) -> tuple[Instance, ...]:
+    draw = _Draw(split, "worlds", seed)
+    fields: dict[str, Sequence[Any]] = {
+        "branching": SHAPES[split],
+        "lr": LR,
+        "cooldown": COOLDOWN,
+        "top_k": TOP_K,
+        "exploration": EXPLORATION,
+        "pretrained": PRETRAINED,
+        "budget": BUDGET,
+    }
+    columns = {name: draw.deal(options, count) for name, options in fields.items()}
+    worlds: list[Instance] = []
+    while len(worlds) < count:
+        number = len(worlds)
+        order = orders[number % len(orders)]
+        row = {name: column[number] for name, column in columns.items()}
+        agents = sum(itertools.accumulate(row["branching"], int.__mul__))
+        phases = [draw.pick(PHASE_DECISIONS) for _ in order[1:]]
+        world = Instance(
+            name=f"{split}/{number}",
+            domains=order,
+            shifts=tuple(itertools.accumulate(phases)),
+            **{**row, "top_k": min(row["top_k"], agents)},
+            # Sets have residues of their own, so that no seed is in two of them.
+            seed=draw.below(10**9) * len(SPLITS) + SPLITS.index(split),
+        )
+        if all(world.seed != other.seed for other in worlds):
+            worlds.append(world)
+    return tuple(worlds)
 
 
 def file_text() -> str:
