@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from k1.cli import absolute_source
 from k1.data import POOLS, TextData, builtin, load_data
 from k1.data.builtin import read_builtin
 from k1.data.prose import Prose
@@ -108,6 +109,11 @@ def test_a_domain_is_the_same_whatever_is_read_with_it(data: TextData, more: Tex
 def test_a_wrong_name_is_an_error_that_lists_the_domains(source: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_data(source, max_bytes=SMALL)
+
+
+@pytest.mark.parametrize("source", ["builtin", "builtin:code,stubs", "hub", ""])
+def test_a_named_source_is_no_path(source: str) -> None:
+    assert absolute_source(source) == source
 
 
 def test_headers_lose_their_licence_but_no_code() -> None:
