@@ -16,10 +16,12 @@ from k1.config import ModelConfig
 from k1.data import TextData, load_data
 from k1.errors import CheckpointError, K1Error
 from k1.trainer import Trainer, pick_device
+from k1env.instances import Instance
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
 from k1env.session import Session
-from k1env.settings import Settings
+from k1env.settings import DEFAULT_INSTANCE, Settings
+from k1env.world import text_of, with_room
 
 Observation = dict[str, np.ndarray]
 StepReturn = tuple[Observation, float, bool, bool, dict[str, Any]]
@@ -57,8 +59,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     ## Observation space
     `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
-    (7 for each slot but the root's) and `domains` (4 for each domain). The fields are named, in
-    order, in `k1env.observation`. All are clipped and finite. None is computed from the gate pool.
+    (7 for each slot but the root's) and `domains` (4 for each domain; with instances 4 for each of
+    4 places, filled as domains arrive). The fields are named, in order, in `k1env.observation`.
+    All are clipped and finite. None is computed from the gate pool.
 
     ## Reward
     `reward_scale` (100) times the fall of validation bits per byte, averaged over the domains seen
@@ -67,8 +70,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     refused or an impossible one, else 0.0; `info["cost_components"]` tells them apart.
 
     ## Start
-    `reset(seed=s)` draws the instance (order of domains, starting hyper-parameters) and trains
-    Phase 1, or takes the checkpoint given as `start`. The same seed gives the same episode.
+    `reset(seed=s)` trains Phase 1, or takes the checkpoint given as `start`. The world is that of
+    `instance` or, for this reset only, of `options={"instance": ...}`: the order of domains, the
+    tree, the starting hyper-parameters, the budget. The same seed gives the same episode.
 
     ## End
     `terminated`: the controller stopped, or divergence beyond rollback. `truncated`: the compute
@@ -81,7 +85,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     `preset` names a preset, `config` (`k1env.Settings`) replaces it, `data` is what
     `k1.load_data` takes, or its result. `start` is a checkpoint folder of `k1.Trainer` (with a
     preset, its router is taken over; all else has to fit), `device` is auto, cpu or cuda, `ledger`
-    logs decisions, `render_mode` is ansi, human or rgb_array.
+    logs decisions, `render_mode` is ansi, human or rgb_array. `instance` is a
+    `k1env.instances.Instance`, the name of one ("train/17"), or a set to draw from at each reset by
+    its seed ("train", "validation", "test"); the default is `Settings.instance`.
 
     ## Version history
     * v0: initial version.
@@ -102,20 +108,28 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         device: str = "auto",
         ledger: LedgerLike | None = None,
         render_mode: str | None = None,
+        instance: Instance | str | None = None,
     ) -> None:
         """Load the text and lay out the spaces; nothing is trained before `reset`.
 
         Raises:
-            K1Error: for an unknown preset or render mode, or text that cannot be had.
+            K1Error: for an unknown preset, render mode or instance, or text that cannot be had.
         """
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             known = ", ".join(self.metadata["render_modes"])
             raise K1Error(f"unknown render_mode {render_mode!r}: choose one of {known}")
         self.settings = config if config is not None else Settings.preset(preset)
+        if isinstance(instance, str):
+            self.settings = replace(self.settings, instance=instance)
+        self._instance = self.settings.instance if instance is None else instance
+        if self._instance != DEFAULT_INSTANCE:
+            if start is not None:
+                raise K1Error("an instance starts with a tree of its own: give start or instance")
+            self.settings = with_room(self.settings)
         if isinstance(data, TextData):
             self.data = data
         else:
-            source = data if data is not None else self.settings.system.data.source
+            source = data if data is not None else text_of(self._instance, self.settings)
             fields = self.settings.system.data
             self.data = load_data(
                 source,
@@ -135,11 +149,11 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             _check_fit(start, trainer.config.model, self.settings.system.model)
             self._start = trainer.arena.read_lane(0)
         self._ledger = ledger
-        self._trained: dict[int, LaneState] = {}
+        self._trained: dict[tuple[int, Instance | None], LaneState] = {}
         self._before: tuple[Any, Any] | None = None
         self.session = self._new_session(0)
         slots = self.session.arena.scratch
-        self.observation_space = observation_space(slots, len(self.data.domains))
+        self.observation_space = observation_space(slots, self.session.worlds.rows)
         self.action_space = spaces.Discrete(len(self.session.table))
 
     def _new_session(self, seed: int) -> Session:
@@ -150,6 +164,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             device=self.device,
             ledger=self._ledger,
             start=self._start,
+            instance=self._instance,
         )
 
     @property
@@ -169,17 +184,22 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; without a seed, one is drawn from the environment's generator."""
+        """Start an episode; without a seed, one is drawn from the environment's generator.
+
+        Raises:
+            ConfigError: if the instance in the options does not exist, or does not fit.
+        """
         super().reset(seed=seed)
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
-        self.session.rebind(drawn)
-        self.session.start = self._start or self._trained.get(drawn)  # Phase 1 is not run twice
+        self.session.rebind(drawn, (options or {}).get("instance"))
+        start = (drawn, self.session.world.instance)
+        self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
         self.session.begin()
-        if self._start is None and drawn not in self._trained:
+        if self._start is None and start not in self._trained:
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
             assert self.session.trained is not None
-            self._trained[drawn] = self.session.trained
+            self._trained[start] = self.session.trained
         self._before = None
         return self.observe()
 
@@ -262,6 +282,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin.action_space = copy.deepcopy(self.action_space)
         twin.observation_space = copy.deepcopy(self.observation_space)
         twin.session = twin._new_session(self.session.seed)
+        twin.session.rebind(self.session.seed, self.session.world.instance or DEFAULT_INSTANCE)
         twin.session.restore(*self.session.snapshot())
         twin.session.salt = f"{self.session.salt}fork/"
         return twin

@@ -37,11 +37,12 @@ from k1env.gate import (
     TrialResult,
 )
 from k1env.guard import DivergenceGuard
+from k1env.instances import Instance
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
 from k1env.settings import Settings
 from k1env.snapshot import restore_snapshot, take_snapshot
-from k1env.world import World, draw_instance
+from k1env.world import Worlds
 
 BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
 
@@ -58,6 +59,7 @@ class Session:
         device: torch.device | str = "cpu",
         ledger: LedgerLike | None = None,
         start: LaneState | None = None,
+        instance: Instance | str | None = None,
     ) -> None:
         """Set the world up; `begin` runs Phase 1 and starts Phase 2.
 
@@ -68,8 +70,10 @@ class Session:
             device: where everything is held.
             ledger: where decisions are logged.
             start: a trained system to start from, in place of Phase 1.
+            instance: the world, in place of `settings.instance` (see `Worlds`).
         """
-        self.settings, self.data, self.seed = settings, data, seed
+        self.data, self.seed = data, seed
+        self.worlds = Worlds(settings, data.domains, instance)
         self.ledger: LedgerLike = ledger if ledger is not None else MemoryLedger()
         self.start = start
         lanes = FIRST_TRIAL_LANE + Gate.lanes_needed(settings.gate)
@@ -88,11 +92,16 @@ class Session:
         """The system as Phase 1 left it."""
         self.rebind(seed)
 
-    def rebind(self, seed: int) -> None:
-        """Choose another seed, and with it another instance; `begin` comes next."""
+    def rebind(self, seed: int, instance: Instance | str | None = None) -> None:
+        """Choose another seed, and with it another world; `begin` comes next.
+
+        Raises:
+            ConfigError: if the instance does not exist, or needs other text or a larger tree.
+        """
+        self.world = self.worlds.draw(seed, instance)
+        self.settings = self.world.settings
         self.salt = ""
         self.seed = self.trainer.seed = seed
-        self.world = World(draw_instance(self.settings, self.data.domains, seed), self.settings)
         self._clear()
 
     def _clear(self) -> None:
@@ -147,11 +156,11 @@ class Session:
     def begin(self) -> None:
         """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
         self._clear()
-        instance, train = self.world.instance, self.settings.system.train
+        train = self.settings.system.train
         if self.start is not None:
             self.arena.write_lane(MAIN, self.start)
         else:
-            self.arena.reset_lane(MAIN, instance.seed)
+            self.arena.reset_lane(MAIN, self.world.seed, self.world.branching)
             self.arena.set_hyper(MAIN, "lr", self.settings.phase1_lr)
             self.trainer.set_mix(self.world.mix(0))
             self.engine.mode = self.settings.phase1_mode
@@ -162,25 +171,20 @@ class Session:
             self.notify("phase1", done=total, total=total)
             self.engine.mode = self.settings.system.update.mode
         self.trained = self.arena.read_lane(MAIN)
-        for name, value in (
-            ("lr", instance.lr),
-            ("cooldown", instance.cooldown),
-            ("top_k", instance.top_k),
-            ("exploration", train.exploration),
-        ):
-            self.arena.set_hyper(MAIN, name, value)
-        self.arena["data_seed"][MAIN] = derive_seed("phase 2", self.seed)
+        for name in ("lr", "cooldown", "top_k", "exploration"):
+            self.arena.set_hyper(MAIN, name, getattr(train, name))
+        self.arena["data_seed"][MAIN] = derive_seed("phase 2", self.world.seed)
         self.trainer.set_mix(self.world.mix(0))
         self.agents_start = self.tree.agents
         self.reference_flops = self._flops(MAIN)
-        self.bits = self.bits_start = self.trainer.evaluate("validation")
+        self.bits = self.bits_start = self.trainer.evaluate("validation", self.world.domains)
         self.visited = [self.moves.signature(MAIN)]
         self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
         self.ledger.append(
             "start",
             seed=self.seed,
             settings=hashlib.sha256(canonical_json(self.settings.to_dict()).encode()).hexdigest(),
-            instance=[*instance.domains, instance.lr, instance.cooldown, instance.top_k],
+            instance=self.world.to_dict(),
             data=self.data.fingerprint,
             agents=self.agents_start,
             bits_per_byte=self.bits_start,
@@ -264,7 +268,7 @@ class Session:
                 MAIN,
                 SHADOW_LANE if self.shadow_diverged else None,
                 lambda lane: self.moves.change(action, lane),
-                seed=derive_seed("attempt", self.seed, self.salt, self.boundary.attempted),
+                seed=derive_seed("attempt", self.world.seed, self.salt, self.boundary.attempted),
                 mix=shares,
                 price=self._price,
                 stop=action.kind == actions.STOP,
@@ -330,7 +334,7 @@ class Session:
 
     def _measure(self, outcome: Outcome, before: dict[str, float]) -> None:
         """Evaluate the system, and go back if it has diverged."""
-        self.bits = self.trainer.evaluate("validation")
+        self.bits = self.trainer.evaluate("validation", self.world.domains)
         self.spent += outcome.spent
         if not outcome.stopped:
             outcome.rolled_back = self._guard()
@@ -411,7 +415,7 @@ class Session:
         finite = all(math.isfinite(bits) for bits in self.bits.values())
         went_back = self.guard.check(phase, loss, finite)
         if went_back:
-            self.bits = self.trainer.evaluate("validation")
+            self.bits = self.trainer.evaluate("validation", self.world.domains)
         return went_back
 
     def _visit(self) -> None:
