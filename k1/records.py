@@ -78,6 +78,8 @@ def count_text(
     """
     counts, ev = arena["evidence"][start:stop], arena.config.evidence
     levels, shares = arena.index(start, stop)[1:], done.share[1:]
+    if not levels:
+        return
     if kernels:
         from k1.kernels.evidence import count_fused
 

@@ -221,8 +221,6 @@ def count_fused(
         config: the numbers of buckets.
         row: int64 [M]: the only rows [L * S] in question, each once but for scratch rows.
     """
-    if not levels:
-        return
     (lanes, slots), tokens = scale.shape, shares[0].shape[2]
     size = min(256, triton.next_power_of_2(tokens))
     blocks = triton.cdiv(tokens, size)
