@@ -200,32 +200,12 @@ class Folded:
         return Folded(*[t[start:stop] for t in self.tensors()])
 
 
-class _Through(torch.autograd.Function):
-    """Shifts [blocks, d] through projections [blocks, d, columns].
-
-    Their gradient is an outer product, which CUDA's batched product takes thirty times as long for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, shift: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(shift, weight)
-        return torch.bmm(shift[:, None], weight)[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        shift, weight = ctx.saved_tensors
-        # A row times a matrix: a matrix times a column gives a CPU's lanes bits of their own.
-        by_shift = torch.bmm(grad[:, None], weight.transpose(1, 2))[:, 0]
-        return by_shift, shift[..., None] * grad[:, None]
-
-
 def fold(p: dict[str, Tensor], dtype: torch.dtype) -> Folded:
     """Fold the norms of blocks, given as pieces of `block_layout`, each [blocks, ...]."""
     gain_1, gain_2 = p["norm1.weight"][..., None], p["norm2.weight"][..., None]
     qkv, mlp_in = p["attention.qkv"], p["mlp.in"]
-    qkv_bias = _Through.apply(p["norm1.bias"], qkv)
-    in_bias = p["mlp.in_bias"] + _Through.apply(p["norm2.bias"], mlp_in)
+    qkv_bias = torch.bmm(p["norm1.bias"][:, None], qkv)[:, 0]
+    in_bias = p["mlp.in_bias"] + torch.bmm(p["norm2.bias"][:, None], mlp_in)[:, 0]
     return Folded(
         (gain_1 * qkv).to(dtype),
         qkv_bias.to(dtype),

@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from k1.kernels import AVAILABLE
 
-# Large chunks make efficient products (on an H200, a step with 16,384 x 10,000 logits takes 2.44 ms
-# with one chunk, 2.49 with three, 2.59 with eleven), small ones save memory.
-_CHUNK_BYTES = {"cuda": 128 * 2**20, "cpu": 8 * 2**20}
+# Large chunks make efficient products, small ones save memory.
+_CHUNK_BYTES = {"cuda": 384 * 2**20, "cpu": 8 * 2**20}
 
 
 def mean_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
