@@ -100,6 +100,7 @@ def cross_entropy_gradients(
         if d_head is not None:
             first = tokens.start == 0
             _product(_cut(d_head, lanes), part.transpose(1, 2), d_logits, scale, add=not first)
+        del d_logits  # or it would be held while the next are made
     return losses, d_hidden, d_head
 
 

@@ -118,13 +118,19 @@ def _forward(
         tl.store(inverse_1_ptr + place, inverse, mask=row < N)
     if AT_ONCE:
         # All heads at once: one product per projection, one batched product per attention step.
-        # The loop ends with all three; written without one they take more registers.
-        q, k = tl.zeros((M, D), kind), tl.zeros((M, D), kind)
-        v = q
-        for column in range(0, 3 * D, D):
-            q = k
-            k = v
-            v = _project(h, qkv, at, qkv_bias_ptr, column, D, D)
+        if D < 128:
+            # Triton 3.6 compiles the loop below, for narrow blocks alone, to wrong results.
+            q = _project(h, qkv, at, qkv_bias_ptr, 0, D, D)
+            k = _project(h, qkv, at, qkv_bias_ptr, D, D, D)
+            v = _project(h, qkv, at, qkv_bias_ptr, 2 * D, D, D)
+        else:
+            # The loop ends with all three; written without one they take more registers.
+            q, k = tl.zeros((M, D), kind), tl.zeros((M, D), kind)
+            v = q
+            for column in range(0, 3 * D, D):
+                q = k
+                k = v
+                v = _project(h, qkv, at, qkv_bias_ptr, column, D, D)
         if KEEP and keep >= 0:
             wide = place[:, None] * (3 * D) + d[None, :]
             tl.store(kept_ptr + wide, q, mask=inside)
