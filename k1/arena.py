@@ -103,11 +103,20 @@ class Arena:
         """Return a state tensor of all lanes."""
         return self.state[name]
 
-    def reset_lane(self, lane: int, seed: int) -> None:
-        """Fill a lane with a fresh tree, drawn from `seed`."""
+    def reset_lane(self, lane: int, seed: int, branching: tuple[int, ...] | None = None) -> None:
+        """Fill a lane with a fresh tree, drawn from `seed`.
+
+        Args:
+            lane: the lane.
+            seed: decides the weights and the stream of text.
+            branching: children per block, level by level, if not the configuration's.
+
+        Raises:
+            TopologyError: if a tree of this branching has no room.
+        """
         train = self.config.train
         tree = Topology.full(
-            self.config.model.branching,
+            branching or self.config.model.branching,
             self.config.model.level_capacity,
             self.config.model.max_children,
         )

@@ -96,7 +96,8 @@ def _wrong(m: ModelConfig, device: torch.device) -> str | None:
 
     x, dy = draw(*shape), draw(*shape)
     router = draw(*shape), draw(*shape[:2], m.max_children)
-    with torch.enable_grad():
+    # On this thread: that of the backward pass may have no context yet, of which cuBLAS would warn.
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         at = x.double().requires_grad_()
         weights = [t.requires_grad_() for t in exact.tensors()]
         want = block_forward(exact, at.view(2, windows, m.context, m.embed), m.heads).view(shape)

@@ -8,7 +8,7 @@ lies where.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,6 @@ _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 _EPS = 1e-5
 """Added to the variance in norms: `F.layer_norm`'s own."""
-_CACHE_BYTES = 3 * 2**19
-"""Size of a frozen block's largest intermediate value, all blocks of a pass together, on a CPU:
-what stays in the cache, and in memory that is used again for the next blocks."""
 
 
 @dataclass(frozen=True)
@@ -131,34 +128,37 @@ def fused_attention(qkv: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(sequences, time, d)
 
 
-def _by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each head [sequences, time, embed / heads], where they lie."""
     pieces = qkv.split(qkv.shape[-1] // (3 * heads), dim=-1)
     return zip(pieces[:heads], pieces[heads : 2 * heads], pieces[2 * heads :], strict=True)
 
 
-def _attention(qkv: Tensor, heads: int, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Causal attention on a CPU, and if they are kept its weights [sequences, time, time] by head.
+def attend(qkv: Tensor, heads: int, mask: Tensor, weights: list[Tensor], out: Tensor) -> None:
+    """Causal attention on a CPU, written to `out` [sequences, time, embed].
 
     Narrow heads are 2-4 times faster as plain products than in torch's fused kernel; head by head,
     they read the projections in place.
+
+    Args:
+        qkv: [sequences, time, 3 * embed].
+        heads: attention heads.
+        mask: [time, time]: -inf above the diagonal.
+        weights: for each head, where its weights [sequences, time, time] go.
+        out: the result.
     """
-    time = qkv.shape[1]
-    mask = torch.full((time, time), -torch.inf, dtype=qkv.dtype).triu(1)
-    outs, weights = [], []
-    for q, k, v in _by_head(qkv, heads):
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    outs = []
+    for (q, k, v), scores in zip(by_head(qkv, heads), weights, strict=True):
+        torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=scores)
         outs.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores), v))
-        if keep:
-            weights.append(scores)
-    return outs[0] if heads == 1 else torch.cat(outs, dim=-1), weights
+    torch.cat(outs, dim=-1, out=out)
 
 
 def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, heads: int) -> Tensor:
     """Gradient of the projections [sequences, time, 3 * embed] from that of `_attention`."""
     by_q, by_k, by_v = [], [], []
     width = grad.shape[-1] // heads
-    parts = zip(_by_head(qkv, heads), weights, grad.split(width, dim=-1), strict=True)
+    parts = zip(by_head(qkv, heads), weights, grad.split(width, dim=-1), strict=True)
     for (q, k, v), weight, out in parts:
         by_weight = torch.bmm(out, v.transpose(1, 2))
         scores = torch._softmax_backward_data(by_weight, weight, -1, weight.dtype)
@@ -195,32 +195,17 @@ class Folded:
         """All of them in order."""
         return tuple(vars(self).values())
 
-
-class _Through(torch.autograd.Function):
-    """Shifts [blocks, d] through projections [blocks, d, columns].
-
-    Their gradient is an outer product, which CUDA's batched product takes thirty times as long for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, shift: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(shift, weight)
-        return torch.bmm(shift[:, None], weight)[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        shift, weight = ctx.saved_tensors
-        by_shift = torch.bmm(weight, grad[..., None])[..., 0]
-        return by_shift, shift[..., None] * grad[:, None]
+    def cut(self, start: int, stop: int) -> Folded:
+        """View some of the blocks."""
+        return Folded(*[t[start:stop] for t in self.tensors()])
 
 
 def fold(p: dict[str, Tensor], dtype: torch.dtype) -> Folded:
     """Fold the norms of blocks, given as pieces of `block_layout`, each [blocks, ...]."""
     gain_1, gain_2 = p["norm1.weight"][..., None], p["norm2.weight"][..., None]
     qkv, mlp_in = p["attention.qkv"], p["mlp.in"]
-    qkv_bias = _Through.apply(p["norm1.bias"], qkv)
-    in_bias = p["mlp.in_bias"] + _Through.apply(p["norm2.bias"], mlp_in)
+    qkv_bias = torch.bmm(p["norm1.bias"][:, None], qkv)[:, 0]
+    in_bias = p["mlp.in_bias"] + torch.bmm(p["norm2.bias"][:, None], mlp_in)[:, 0]
     return Folded(
         (gain_1 * qkv).to(dtype),
         qkv_bias.to(dtype),
@@ -256,33 +241,69 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
         x = x + p.mlp_out_bias[:, None]
         x = torch.baddbmm(x, F.gelu(h), p.mlp_out)
         return x.view(blocks, batch, time, d)
-    if torch.is_grad_enabled():
-        out: Tensor = _Blocks.apply(x, heads, *p.tensors())
-        return out
-    # A few at a time: their values stay in the cache, and in memory that is used again.
-    y = x.new_empty(x.shape)
-    widest = batch * time * max(p.qkv.shape[2], p.mlp_in.shape[2], time) * x.element_size()
-    step = max(1, _CACHE_BYTES // widest)
-    for first in range(0, blocks, step):
-        some = slice(first, first + step)
-        _run(Folded(*[t[some] for t in p.tensors()]), x[some], heads, y[some], keep=False)
-    return y
+    out: Tensor = _Blocks.apply(x, heads, *p.tensors())
+    return out
 
 
-def _run(p: Folded, x: Tensor, heads: int, y: Tensor, keep: bool) -> list[Tensor]:
-    """Write the outputs of blocks to `y`; return what `_Blocks` needs to go back, if it is kept."""
+def run_keeping(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
+    """Write the outputs of blocks to `y` on a CPU; return what `go_back` needs."""
     blocks, batch, time, d = x.shape
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
     normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
     qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
-    a, weights = _attention(qkv, heads, keep)
-    a = a.view(blocks, batch * time, d)
+    mask = torch.full((time, time), -torch.inf, dtype=x.dtype).triu(1)
+    weights = [x.new_empty(blocks * batch, time, time) for _ in range(heads)]
+    a = x.new_empty(blocks, batch * time, d)
+    attend(qkv, heads, mask, weights, a.view(blocks * batch, time, d))
     middle = torch.baddbmm(x, a, p.out)
     normed_2, *moments_2 = torch.native_layer_norm(middle, (d,), None, None, _EPS)
     h = torch.baddbmm(p.mlp_in_bias[:, None], normed_2, p.mlp_in)
-    active = F.gelu(h) if keep else torch.ops.aten.gelu_(h)
+    active = F.gelu(h)
     torch.add(middle, p.mlp_out_bias[:, None], out=y).baddbmm_(active, p.mlp_out)
     return [normed, *moments, qkv, a, middle, normed_2, *moments_2, h, active, *weights]
+
+
+def go_back(
+    p: Folded, x: Tensor, kept: Sequence[Tensor], heads: int, dy: Tensor, by: Folded
+) -> Tensor:
+    """Go back through blocks on a CPU.
+
+    Args:
+        p: the blocks' weights.
+        x: their inputs [blocks, batch, time, embed].
+        kept: what `run_keeping` returned.
+        heads: attention heads.
+        dy: the gradient of their outputs, of the same shape.
+        by: where the gradients of the weights go.
+
+    Returns:
+        The gradient of the inputs, of the same shape.
+    """
+    normed, mean, rstd, qkv, a, middle, normed_2, mean_2, rstd_2, h, active, *weights = kept
+    flat, d = a.shape, x.shape[-1]
+    dy = dy.reshape(flat)
+
+    def back(rows: Tensor, weight: Tensor, out: Tensor, by_weight: Tensor) -> Tensor:
+        torch.bmm(rows.transpose(1, 2), out, out=by_weight)
+        return torch.bmm(out, weight.transpose(1, 2))
+
+    def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        which = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(
+            out, rows, (d,), mean, rstd, None, None, which
+        )[0]
+
+    torch.sum(dy, 1, out=by.mlp_out_bias)
+    by_h = torch.ops.aten.gelu_backward(back(active, p.mlp_out, dy, by.mlp_out), h)
+    torch.sum(by_h, 1, out=by.mlp_in_bias)
+    by_normed = back(normed_2, p.mlp_in, by_h, by.mlp_in)
+    by_middle = norm_back(by_normed, middle, mean_2, rstd_2).add_(dy)
+    by_a = back(a, p.out, by_middle, by.out)
+    by_qkv = _attention_backward(qkv, weights, by_a.view(qkv.shape[0], -1, d), heads)
+    by_qkv = by_qkv.view(*flat[:2], -1)
+    torch.sum(by_qkv, 1, out=by.qkv_bias)
+    by_normed = back(normed, p.qkv, by_qkv, by.qkv)
+    return norm_back(by_normed, x.reshape(flat), mean, rstd).add_(by_middle).view_as(x)
 
 
 class _Blocks(torch.autograd.Function):
@@ -291,7 +312,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: int, *weights: Tensor) -> Tensor:
         y = x.new_empty(x.shape)
-        kept = _run(Folded(*weights), x, heads, y, keep=True)
+        kept = run_keeping(Folded(*weights), x, heads, y)
         ctx.heads = heads
         ctx.save_for_backward(x, *weights, *kept)
         return y
@@ -300,44 +321,20 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        p, kept = Folded(*saved[:7]), saved[7:]
-        normed, mean, rstd, qkv, a, middle, normed_2, mean_2, rstd_2, h, active, *weights = kept
-        heads, flat, d = ctx.heads, a.shape, x.shape[-1]
-        dy = grad.reshape(flat)
-
-        def back(rows: Tensor, weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.bmm(out, weight.transpose(1, 2)), torch.bmm(rows.transpose(1, 2), out)
-
-        def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-            which = [True, False, False]
-            return torch.ops.aten.native_layer_norm_backward(
-                out, rows, (d,), mean, rstd, None, None, which
-            )[0]
-
-        by_active, by_mlp_out = back(active, p.mlp_out, dy)
-        by_h = torch.ops.aten.gelu_backward(by_active, h)
-        by_normed, by_mlp_in = back(normed_2, p.mlp_in, by_h)
-        by_middle = norm_back(by_normed, middle, mean_2, rstd_2).add_(dy)
-        by_a, by_out = back(a, p.out, by_middle)
-        by_qkv = _attention_backward(qkv, weights, by_a.view(qkv.shape[0], -1, d), heads)
-        by_qkv = by_qkv.view(*flat[:2], -1)
-        by_normed, by_weight = back(normed, p.qkv, by_qkv)
-        by_x = norm_back(by_normed, x.reshape(flat), mean, rstd).add_(by_middle)
-        by_weights = Folded(
-            by_weight, by_qkv.sum(1), by_out, by_mlp_in, by_h.sum(1), by_mlp_out, dy.sum(1)
-        )
-        return by_x.view_as(x), None, *by_weights.tensors()
+        p = Folded(*saved[:7])
+        by = Folded(*[torch.empty_like(t) for t in p.tensors()])
+        return go_back(p, x, saved[7:], ctx.heads, grad, by), None, *by.tensors()
 
 
-def child_logits(p: dict[str, Tensor], y: Tensor) -> Tensor:
+def child_logits(p: dict[str, Tensor], normed: Tensor) -> Tensor:
     """Learned routing logits of blocks over their children.
 
     Args:
         p: pieces of `block_layout`, each [blocks, ...].
-        y: the blocks' outputs [blocks, tokens, embed].
+        normed: the blocks' outputs [blocks, tokens, embed] after a norm without gain and shift.
 
     Returns:
         float32 [blocks, tokens, max_children].
     """
-    h = F.layer_norm(y, (y.shape[-1],))
-    return torch.bmm(h, p["router.weight"].to(y.dtype)).float() + p["router.bias"][:, None]
+    weight = p["router.weight"].to(normed.dtype)
+    return torch.bmm(normed, weight).float() + p["router.bias"][:, None]

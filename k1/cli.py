@@ -46,7 +46,8 @@ def absolute_source(data: str) -> str:
     """Make the path of a `--data` folder hold in any working directory."""
     import os
 
-    return data if data in ("builtin", "hub") or not data else os.path.abspath(data)
+    named = data.partition(":")[0] == "builtin" or data in ("hub", "")
+    return data if named else os.path.abspath(data)
 
 
 def prepare_torch(device: str) -> None:

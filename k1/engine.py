@@ -72,7 +72,7 @@ class Engine:
         self.backend = choose_backend(arena.config, arena.device, fused)
         self._side, self._forward_side, self.inner_side = (Side(arena.device) for _ in range(3))
         recorded = on_gpu and self.backend.kernels if graph is None else graph
-        self.graphs = StepGraphs() if recorded else None
+        self.graphs = StepGraphs(arena.device) if recorded else None
 
     def _run(self, jobs: Sequence[tuple[int, int, RangeWork]]) -> list[Exception | None]:
         """Do each job's work on its lanes start..stop, chunk by chunk; returns the jobs' errors.
@@ -152,11 +152,12 @@ class Engine:
         every = config.update.attribution_every
         due = any(a.host_step[lane] % every == 0 for lane in range(start, stop))
         work = partial(self._step, start, stop, due, batch)
+        # Read here, for a change of the tree is written when it is asked for: before any fork.
+        index, most = a.index(start, stop), a.leaves(start, stop).most
         if self.graphs is None or batch is not None:
             result = work()
         else:
-            shape = tuple((i.width, i.children.shape[-1]) for i in a.index(start, stop))
-            most = a.leaves(start, stop).most
+            shape = tuple((i.width, i.children.shape[-1]) for i in index)
             result = self.graphs.run((self.mode, start, stop, due, shape, most), work)
         for lane in range(start, stop):
             a.host_step[lane] += 1
@@ -358,7 +359,7 @@ class Engine:
         fine: Tensor,
         row: Tensor | None = None,
     ) -> None:
-        """Add the batch's bigrams to the updated blocks, all of which are in `row` if it is given."""
+        """Add the batch's bigrams to the updated blocks; if `row` is given, all are in there."""
         kernels = self.backend.kernels
         records.count_text(self.arena, start, stop, selection, done, text, fine, kernels, row)
 

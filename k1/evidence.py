@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from k1.config import EvidenceConfig
-from k1.mixing import to_children, to_parents
 from k1.topology import LevelIndex
 
 UNIT = 256
 """Integer steps per counted token."""
+LONGEST_FUSED = 256
+"""Tokens of a window that `k1.kernels.evidence` takes, at most."""
 OLD, PREVIOUS, CURRENT = 0, 1, 2
 """The three ages of counts: before the recent window, its first half, its second half."""
 
@@ -60,46 +61,52 @@ def history_mask(starts: Tensor) -> Tensor:
     return (same & causal & has_predecessor[..., None, :]).float()
 
 
-def level_evidence(
-    counts: Tensor,
-    parent: LevelIndex,
-    child: LevelIndex,
+def levels_evidence(
+    counts: list[Tensor],
+    children: list[LevelIndex],
     bigram: Tensor,
     context: Tensor,
     mask: Tensor,
     config: EvidenceConfig,
-) -> Tensor:
+) -> list[Tensor]:
     """Sum the log-likelihood of each child's statistics over the text so far.
 
     Args:
-        counts: int64 [L, W_child, 3, buckets + context_buckets].
-        parent: the parents' level.
-        child: the children's level.
+        counts: int64 [L, W, 3, buckets + context_buckets] of each level of children.
+        children: these levels; they go through together, for small operations cost their number.
         bigram: int64 [L, B, T] from `hash_bigrams`.
         context: int64 [L, B, T] from `hash_bigrams`.
         mask: float32 [L, B, T, T] from `history_mask`.
         config: strength of smoothing and tau.
 
     Returns:
-        float32 [L, W_child, B * T].
+        float32 [L, W, B * T] of each level.
     """
-    lanes, width = counts.shape[:2]
     n, tokens = config.buckets, bigram[0].numel()
     # One look-up and one pooling for both: their results lie side by side, bigrams first.
     bucket = torch.cat([bigram.flatten(1), context.flatten(1) + n], dim=1)
-    ages = torch.arange(3, device=counts.device)[:, None] * counts.shape[-1]
-    index = (bucket[:, None] + ages).flatten(1)
-    found = counts.flatten(2).gather(2, index[:, None].expand(-1, width, -1))
-    own = found.view(lanes, width, 3, -1).sum(2).float() / UNIT * child.alive[..., None]
-    pooled = to_children(to_parents(own, parent, child), parent, child)
+    table = n + config.context_buckets
+    ages = torch.arange(0, 3 * table, table, device=bucket.device)
+    index = (bucket[:, None] + ages[:, None]).flatten(1)[:, None]
+    found = [c.flatten(2).gather(2, index.expand(-1, c.shape[1], -1)) for c in counts]
+    widths = [c.shape[1] for c in counts]
+    level = torch.cat(found, dim=1).unflatten(2, (3, -1)).sum(2)
+    alive = torch.cat([child.alive for child in children], dim=1)
+    own = level.double().mul_(alive[..., None] / UNIT)
+    # Whose child each is, over all levels: siblings are those with the same parent.
+    apart = [child.parent - i * sum(widths) for i, child in enumerate(children)]
+    parent = torch.cat(apart, dim=1)
+    # Exact in float64, so other levels and lanes cannot change a sum by their number.
+    pooled = ((parent[:, None] == parent[..., None]).double() @ own).float()
+    own = own.float()
     (both, before), (all_both, all_before) = own.split(tokens, 2), pooled.split(tokens, 2)
     # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
     prior = (all_both + config.strength / n) / (all_before + config.strength)
-    ratio = (both + config.strength * prior) / (before + config.strength) / prior
-    log_ratio = ratio.log().view(lanes, width, *bigram.shape[1:])
+    ratio = (both / prior).add_(config.strength).div_(before + config.strength)
+    log_ratio = ratio.log_().unflatten(2, bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
-    total = torch.matmul(mask, log_ratio.permute(0, 2, 3, 1).contiguous())
-    return config.tau * total.permute(0, 3, 1, 2).flatten(2)
+    total = torch.matmul(log_ratio.transpose(1, 2), mask.transpose(2, 3))
+    return list(total.transpose(1, 2).flatten(2).mul_(config.tau).split(widths, dim=1))
 
 
 def add_counts(
@@ -136,3 +143,8 @@ def rotate(counts: Tensor) -> None:
     counts[..., OLD, :] += counts[..., PREVIOUS, :]
     counts[..., PREVIOUS, :] = counts[..., CURRENT, :]
     counts[..., CURRENT, :] = 0
+
+
+def kernel_fits(time: int) -> bool:
+    """Whether `k1.kernels.evidence` takes windows of so many tokens."""
+    return time <= LONGEST_FUSED and time & (time - 1) == 0

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
-from k1.evidence import hash_bigrams, history_mask, level_evidence
+from k1.evidence import hash_bigrams, history_mask, kernel_fits, levels_evidence
+from k1.frozen import Known, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.kernels import AVAILABLE
 from k1.large import run_alone, runs_alone
@@ -193,41 +194,15 @@ def run_level(pieces: dict[str, Tensor], x: Tensor, config: Config) -> Tensor:
     return y.view(*x.shape[:2], -1, x.shape[-1])
 
 
-def _run_others(
-    layout: Layout,
-    rows: Tensor,
-    above: Tensor,
-    index: LevelIndex,
-    config: Config,
-    at: Tensor,
-    y: Tensor,
-) -> Tensor:
-    """Run the blocks of a level whose outputs are not known; returns all outputs [L, W, N, d].
+def learned_logits(pieces: dict[str, Tensor], y: Tensor, normed: Tensor | None = None) -> Tensor:
+    """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d].
 
-    Args:
-        layout: of the rows.
-        rows: parameters [L * W, P].
-        above: outputs of the level above [L, W_above, B, T, d]; the root's inputs for the root.
-        index: the level.
-        config: the sizes.
-        at: int64: places in the flattened level of the blocks that are known.
-        y: their outputs [blocks, N, d].
+    `normed`, the same after a norm [L * W, N, d], is worked out if it is not given.
     """
-    if len(at) == len(rows):
-        return y.view(len(index.alive), index.width, *y.shape[1:])
-    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, at, False).nonzero()[:, 0]
-    source = flat_index(index.parent, above.shape[1])[others]
-    own = fold(layout.unpack(rows.index_select(0, others)), above.dtype)
-    new = block_forward(own, above.flatten(0, 1).index_select(0, source), config.model.heads)
-    out = y.new_empty(len(rows), *y.shape[1:])
-    out.index_copy_(0, at, y).index_copy_(0, others, new.flatten(1, 2))
-    return out.view(len(index.alive), index.width, *y.shape[1:])
-
-
-def learned_logits(pieces: dict[str, Tensor], y: Tensor) -> Tensor:
-    """Routing logits [L, W, K, N] of blocks with outputs y [L, W, N, d]."""
     lanes, width = y.shape[:2]
-    out = child_logits(pieces, y.flatten(0, 1))
+    if normed is None:
+        normed = F.layer_norm(y.flatten(0, 1), (y.shape[-1],))
+    out = child_logits(pieces, normed)
     return out.transpose(1, 2).unflatten(0, (lanes, width))
 
 
@@ -238,7 +213,7 @@ def forward(
     batch: Batch,
     text: Text,
     config: Config,
-    known: list[tuple[Tensor, Tensor]] | None = None,
+    known: list[Known] | None = None,
 ) -> Activations:
     """Run whole trees. Keeps a graph if the weights require gradients.
 
@@ -249,63 +224,103 @@ def forward(
         batch: the windows.
         text: the same as the routers see them.
         config: the sizes.
-        known: of each level, blocks that need not run: their places int64 [blocks] in the
-            flattened level, and their outputs [blocks, N, d]. On a CPU, without a graph.
+        known: of each level, blocks that need not run. On a CPU, without a graph.
     """
-    kind, dtype = config.model.router, arithmetic(config)
-    _, b, t = batch.inputs.shape
-    x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(dtype)[:, None]
-    ys: list[Tensor] = []
-    pieces: list[dict[str, Tensor]] = []
-    for index in levels:
-        rows = weights.levels[index.level].flatten(0, 1)
-        pieces.append(weights.block_layout.unpack(rows))
-        if known is not None:
-            above = ys[-1].unflatten(2, (b, t)) if ys else x
-            ys.append(
-                _run_others(weights.block_layout, rows, above, index, config, *known[len(ys)])
-            )
-            continue
-        alone = ys[-1] if ys else x.flatten(2, 3)
-        if runs_alone(alone, config):
-            ys.append(run_alone(pieces[-1], alone, index, t, config.model.heads))
-            continue
-        if index.level:
-            x = to_children(ys[-1].unflatten(2, (b, t)), levels[index.level - 1], index)
-        ys.append(run_level(pieces[-1], x, config))
+    pieces = [
+        weights.block_layout.unpack(weights.levels[index.level].flatten(0, 1)) for index in levels
+    ]
+    x = embed(weights.shared_layout.unpack(weights.shared), batch.inputs).to(arithmetic(config))
+    ys, normed = _run_levels(pieces, x[:, None], levels, config, known)
     kernels = x.is_cuda and AVAILABLE and not torch.is_grad_enabled()
     prior = priors(router, levels, text, config, kernels)
     m: list[Tensor] = [ys[-1]]
     share: list[Tensor] = []
     for parent, child in reversed(list(pairwise(levels))):
         y, below = ys[parent.level], prior[child.level]
+        own = pieces[parent.level] if config.model.router != "mean" else None
         if kernels:
-            from k1.kernels.mix import mix_frozen
-
-            weight = torch.zeros(*child.alive.shape, y.shape[2], device=y.device)
-            m.insert(
-                0, mix_frozen(y, m[0], below, *_router(pieces, parent, kind), weight, parent, child)
-            )
-            share.insert(0, weight)
-            continue
-        learned = None if kind == "mean" else learned_logits(pieces[parent.level], y)
-        weight = sibling_softmax(below, learned, parent, child)
-        mixed = mix(m[0], weight.to(dtype), parent, child)
-        if parent.any_leaf:
-            mixed = torch.where(parent.is_leaf[..., None, None], y, mixed)
+            mixed, weight = _mix_by_kernel(y, m[0], below, own, parent, child)
+        else:
+            mixed, weight = _mix(y, m[0], below, own, normed[child.level], parent, child)
         m.insert(0, mixed)
         share.insert(0, weight)
     return Activations(ys, m, prior, [prior[0], *share])
 
 
-def _router(
-    pieces: list[dict[str, Tensor]], parent: LevelIndex, kind: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weights [L, W, d, K] and biases [L, W, K] of a level's routers, if they are learned."""
-    if kind == "mean":
-        return None, None
-    own, shape = pieces[parent.level], parent.alive.shape
-    return own["router.weight"].unflatten(0, shape), own["router.bias"].unflatten(0, shape)
+def _run_levels(
+    pieces: list[dict[str, Tensor]],
+    x: Tensor,
+    levels: list[LevelIndex],
+    config: Config,
+    known: list[Known] | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Run all blocks: outputs [L, W, N, d] of each level, and their inputs' norms where at hand.
+
+    The norm of a level's inputs [L * W_above, N, d] is that of the outputs of the level above.
+    """
+    time, heads = x.shape[3], config.model.heads
+    ys: list[Tensor] = []
+    normed: list[Tensor | None] = []
+    above = x.flatten(2, 3)
+    frozen = not torch.is_grad_enabled() and not x.is_cuda
+    alone = runs_alone(above, config)
+    for index in levels:
+        own, norm = pieces[index.level], None
+        if frozen:
+            inputs = above.flatten(0, 1)
+            norm = F.layer_norm(inputs, inputs.shape[-1:])
+            source = flat_index(index.parent, above.shape[1])
+            there = known[index.level] if known else None
+            y = run_frozen(fold(own, x.dtype), inputs, norm, source, time, heads, there)
+            above = y.view(-1, index.width, *y.shape[1:])
+        elif alone:
+            above = run_alone(own, above, index, time, heads)
+        else:
+            windows = above.unflatten(2, x.shape[2:4])
+            if index.level:
+                windows = to_children(windows, levels[index.level - 1], index)
+            above = run_level(own, windows, config)
+        ys.append(above)
+        normed.append(norm)
+    return ys, normed
+
+
+def _mix(
+    y: Tensor,
+    m: Tensor,
+    prior: Tensor,
+    pieces: dict[str, Tensor] | None,
+    normed: Tensor | None,
+    parent: LevelIndex,
+    child: LevelIndex,
+) -> tuple[Tensor, Tensor]:
+    """Mixed values of a level's blocks, and their children's weights; a router if it is learned."""
+    learned = None if pieces is None else learned_logits(pieces, y, normed)
+    weight = sibling_softmax(prior, learned, parent, child)
+    mixed = mix(m, weight.to(y.dtype), parent, child)
+    if parent.any_leaf:
+        mixed = torch.where(parent.is_leaf[..., None, None], y, mixed)
+    return mixed, weight
+
+
+def _mix_by_kernel(
+    y: Tensor,
+    m: Tensor,
+    prior: Tensor,
+    pieces: dict[str, Tensor] | None,
+    parent: LevelIndex,
+    child: LevelIndex,
+) -> tuple[Tensor, Tensor]:
+    """Do the same as `_mix` on CUDA, without a graph."""
+    from k1.kernels.mix import mix_frozen
+
+    weight = torch.zeros(*child.alive.shape, y.shape[2], device=y.device)
+    shape = parent.alive.shape
+    router = [
+        None if pieces is None else pieces[name].unflatten(0, shape)
+        for name in ("router.weight", "router.bias")
+    ]
+    return mix_frozen(y, m, prior, router[0], router[1], weight, parent, child), weight
 
 
 def priors(
@@ -313,23 +328,31 @@ def priors(
 ) -> list[Tensor]:
     """Log prior plus evidence of each level's blocks [L, W, N or 1]; entry 0 is unused.
 
-    The kernel for the evidence is used if `fused`.
+    The kernel for the evidence is used if `fused`, and if it takes windows of this length.
     """
     result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
-    if config.model.router != "evidence":
+    if config.model.router != "evidence" or len(levels) == 1:
         return result
-    for parent, child in pairwise(levels):
-        counts, ev = router.counts[child.level], config.evidence
-        if fused:
-            from k1.kernels.evidence import level_evidence_fused
+    ev = config.evidence
+    if fused and kernel_fits(text.bigram.shape[-1]):
+        from k1.kernels.evidence import level_evidence_fused
 
-            value = level_evidence_fused(
-                counts, parent, child, text.bigram, text.context, text.starts, ev
+        values = [
+            level_evidence_fused(
+                router.counts[child.level],
+                parent,
+                child,
+                text.bigram,
+                text.context,
+                text.starts,
+                ev,
             )
-        else:
-            value = level_evidence(counts, parent, child, text.bigram, text.context, text.mask, ev)
-        result[child.level] = result[child.level] + value
-    return result
+            for parent, child in pairwise(levels)
+        ]
+    else:
+        counts = router.counts[1 : len(levels)]
+        values = levels_evidence(counts, levels[1:], text.bigram, text.context, text.mask, ev)
+    return [result[0], *[prior + value for prior, value in zip(result[1:], values, strict=True)]]
 
 
 def arithmetic(config: Config) -> torch.dtype:

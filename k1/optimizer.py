@@ -40,13 +40,14 @@ def adamw(rows: Rows, grad: Tensor, lr: Tensor, update: Tensor, config: Optimize
     """
     count = rows.count + 1
     first = torch.lerp(rows.first, grad, 1 - config.beta1)
-    second = rows.second * config.beta2 + grad * grad * (1 - config.beta2)
+    second = (rows.second * config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
     power = count.to(torch.float64)
     correct_1 = (1 - config.beta1**power).to(grad.dtype)[..., None]
     correct_2 = (1 - config.beta2**power).to(grad.dtype)[..., None]
-    step = (first / correct_1) / ((second / correct_2).sqrt() + config.eps)
+    size = (second / correct_2).sqrt_().add_(config.eps)
     rate = lr[..., None]
-    weight = rows.weight * (1 - rate * config.weight_decay) - rate * step
+    weight = rows.weight * (1 - rate * config.weight_decay)
+    weight.addcdiv_(first * (-rate / correct_1), size)
     on = update[..., None]
     return Rows(
         torch.where(on, weight, rows.weight),

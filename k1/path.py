@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k1.block import Folded, block_forward, fold
+from k1.block import fold
+from k1.chain import run_chain
 from k1.config import Config
 from k1.forward import (
     Activations,
@@ -30,8 +31,12 @@ from k1.forward import (
     lane_loss,
     learned_logits,
 )
+from k1.frozen import Known
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
+
+ROUTER = ("router.weight", "router.bias")
+"""The pieces of a block that the mixing needs."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class PathBlocks:
     """Their parameters [blocks, P], level by level, lane by lane; a leaf of the graph."""
     shared: Tensor
     """The shared row [L, Q]; a leaf of the graph."""
-    pieces: list[dict[str, Tensor]]
-    """Parameters by name of each level's path blocks, each [L * R, ...]."""
+    routers: list[dict[str, Tensor]]
+    """Parameters by name of the routers of each level's path blocks, each [L * R, ...]."""
     ys: list[Tensor]
     """Outputs [L, R, N, d] of each level."""
 
@@ -156,7 +161,7 @@ class PathPass:
         mixed = run.ys[-1]
         for level in range(len(paths) - 2, -1, -1):
             mixed = _mix_level(
-                run.ys, mixed, run.pieces, self.values, paths, forest.levels, level, forest.config
+                run.ys, mixed, run.routers, self.values, paths, forest.levels, level, forest.config
             )
         weights = replace(forest.weights(), shared=run.shared)
         loss = lane_loss(weights, mixed[:, 0], self.batch)
@@ -169,33 +174,23 @@ class PathPass:
 
 def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlocks:
     """Run the path blocks with a graph."""
-    config, (lanes, slots, _) = forest.config, forest.rows.shape
-    _, b, t = batch.inputs.shape
+    config, slots = forest.config, forest.rows.shape[1]
     chosen = torch.cat([flat_index(path.slot, slots) for path in paths])
     rows = forest.rows.flatten(0, 1).index_select(0, chosen).requires_grad_()
     shared = as_leaf(forest.shared)
-    sizes = [path.slot.numel() for path in paths]
-
-    def by_level(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        parts = zip(*[tensor.split(sizes) for tensor in tensors.values()], strict=True)
-        return [dict(zip(tensors, part, strict=True)) for part in parts]
-
     pieces = forest.block_layout.unpack(rows)
-    folded = by_level(vars(fold(pieces, arithmetic(config))))
-    x = embed(forest.shared_layout.unpack(shared), batch.inputs).to(arithmetic(config))[:, None]
-    ys: list[Tensor] = []
-    for path, own in zip(paths, folded, strict=True):
-        if ys:
-            x = (path.in_parent.to(x.dtype) @ ys[-1].flatten(2)).unflatten(2, (b, t, -1))
-        y = block_forward(Folded(**own), x.flatten(0, 1), config.model.heads)
-        ys.append(y.view(lanes, -1, b * t, y.shape[-1]))
-    return PathBlocks(rows, shared, by_level(pieces), ys)
+    folded = fold(pieces, arithmetic(config))
+    x = embed(forest.shared_layout.unpack(shared), batch.inputs).to(arithmetic(config))
+    links = [path.in_parent for path in paths[1:]]
+    ys = [y.flatten(2, 3) for y in run_chain(folded, x, links, config.model.heads)]
+    sizes = [path.slot.numel() for path in paths]
+    routers = zip(*[pieces[name].split(sizes) for name in ROUTER], strict=True)
+    return PathBlocks(rows, shared, [dict(zip(ROUTER, r, strict=True)) for r in routers], ys)
 
 
-def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> tuple[Tensor, Tensor]:
-    """Places in the flattened level, and outputs [blocks, N, d], of a level's path blocks."""
+def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> Known:
     at, valid = flat_index(path.position, index.width), path.valid.flatten()
-    return at[valid], y.detach().flatten(0, 1)[valid]
+    return Known(at[valid], y.detach().flatten(0, 1)[valid])
 
 
 def as_leaf(view: Tensor) -> Tensor:

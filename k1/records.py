@@ -78,23 +78,28 @@ def count_text(
     """
     counts, ev = arena["evidence"][start:stop], arena.config.evidence
     levels, shares = arena.index(start, stop)[1:], done.share[1:]
+    if not levels:
+        return
     if kernels:
         from k1.kernels.evidence import count_fused
 
         count_fused(counts, levels, shares, selection.scale, fine, text, ev, row)
         return
     moved = (selection.scale > 0) & fine[:, None]
+    slots, parts = [], []
     for index, share in zip(levels, shares, strict=True):
-        slots = torch.arange(index.offset, index.offset + index.width, device=arena.device)
         on = moved[:, index.offset : index.offset + index.width]
-        most = max(1, int(on.sum(1).max()))
+        most = int(on.sum(1).max())
         order = torch.sort(on.long(), dim=1, descending=True, stable=True).indices[:, :most]
         valid = on.gather(1, order)
         picked = share.detach().gather(1, order[..., None].expand(-1, -1, share.shape[-1]))
         # Not a product: a share may be NaN in a step that is skipped.
-        picked = torch.where(valid[..., None], picked, 0.0)
-        where = torch.where(valid, slots[order], arena.scratch)
-        add_counts(counts, where, picked, text.bigram, text.context, text.valid, ev)
+        parts.append(torch.where(valid[..., None], picked, 0.0))
+        slots.append(torch.where(valid, order + index.offset, arena.scratch))
+    share = torch.cat(parts, dim=1)
+    if share.shape[1]:
+        where = torch.cat(slots, dim=1)
+        add_counts(counts, where, share, text.bigram, text.context, text.valid, ev)
 
 
 def record(arena: Arena, start: int, stop: int, result: StepResult, kernels: bool) -> None:

@@ -160,10 +160,12 @@ class Trainer:
         row = [shares.get(domain, 0.0) / total for domain in self.data.domains]
         self.arena["mix"][self.lane] = torch.tensor(row, device=self.device)
 
-    def evaluate(self, split: str = "validation") -> dict[str, float]:
-        """Bits per byte on evenly spaced windows of a pool, by domain."""
+    def evaluate(
+        self, split: str = "validation", domains: tuple[str, ...] | None = None
+    ) -> dict[str, float]:
+        """Bits per byte on evenly spaced windows of a pool, by domain (all if none are named)."""
         result = {}
-        for domain in self.data.domains:
+        for domain in domains or self.data.domains:
             batch = self.store.spread(split, domain, self.config.train.eval_windows)
             bits = self.engine.bits_per_byte(self.lane, self.lane + 1, batch)
             result[domain] = float(bits[0])

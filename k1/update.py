@@ -118,29 +118,19 @@ class Update:
         lane, scale = row // (self._arena.scratch + 1), scale.flatten()[row]
         on, rate = (scale > 0) & self._fine[lane], self._rate()[lane] * scale
         state = [self._arena[name][self._lanes].flatten(0, 1) for name in ROWS]
-        self._adamw(state, row, grad, rate, on, factor[lane])
+        weight, first, second, count = state
+        old = Rows(weight[row], first[row], second[row], count[row])
+        new = adamw(old, grad * factor[lane, None], rate, on, self._arena.config.optimizer)
+        for target, value in zip(state, vars(new).values(), strict=True):
+            target[row] = value
 
     def _move_shared(self, grad: Tensor, factor: Tensor) -> None:
         scale = self._arena.config.update.shared_scale
-        row = torch.arange(len(grad), device=grad.device)
         state = [self._arena[name][self._lanes] for name in SHARED_ROWS]
         on = self._fine & (scale > 0)
         if self._sharers is not None:
             on = on & self._sharers
-        self._adamw(state, row, grad, self._rate() * scale, on, factor)
-
-    def _adamw(
-        self,
-        state: list[Tensor],
-        row: Tensor,
-        grad: Tensor,
-        rate: Tensor,
-        on: Tensor,
-        factor: Tensor,
-    ) -> None:
-        """Step rows of (weight, first, second, count), in place."""
-        weight, first, second, count = state
-        old = Rows(weight[row], first[row], second[row], count[row])
+        old, rate = Rows(*state), self._rate() * scale
         new = adamw(old, grad * factor[:, None], rate, on, self._arena.config.optimizer)
         for target, value in zip(state, vars(new).values(), strict=True):
-            target[row] = value
+            target.copy_(value)

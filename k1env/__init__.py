@@ -9,6 +9,7 @@ from gymnasium.envs.registration import register, registry
 
 if TYPE_CHECKING:
     from k1env.env import Phase2Env as Phase2Env
+    from k1env.instances import Instance as Instance
     from k1env.sb3 import SB3VecEnv as SB3VecEnv
     from k1env.session import Session as Session
     from k1env.settings import Settings as Settings
@@ -16,13 +17,22 @@ if TYPE_CHECKING:
 
 ENV_ID = "k1env/Phase2-v0"
 _HOMES = {
+    "Instance": "k1env.instances",
     "Phase2Env": "k1env.env",
     "Phase2VectorEnv": "k1env.vector",
     "SB3VecEnv": "k1env.sb3",
     "Session": "k1env.session",
     "Settings": "k1env.settings",
 }
-__all__ = ["ENV_ID", "Phase2Env", "Phase2VectorEnv", "SB3VecEnv", "Session", "Settings"]
+__all__ = [
+    "ENV_ID",
+    "Instance",
+    "Phase2Env",
+    "Phase2VectorEnv",
+    "SB3VecEnv",
+    "Session",
+    "Settings",
+]
 
 if ENV_ID not in registry:
     register(

@@ -18,12 +18,12 @@ def log_start(session: Session) -> None:
     """Log where Phase 2 starts."""
     if session.ledger is UNLOGGED:
         return  # a state hash reads the whole lane
-    instance, settings = session.world.instance, canonical_json(session.settings.to_dict())
+    settings = canonical_json(session.settings.to_dict())
     session.ledger.append(
         "start",
         seed=session.seed,
         settings=hashlib.sha256(settings.encode()).hexdigest(),
-        instance=[*instance.domains, instance.lr, instance.cooldown, instance.top_k],
+        instance=session.world.to_dict(),
         data=session.data.fingerprint,
         agents=session.agents_start,
         bits_per_byte=session.bits_start,

@@ -13,11 +13,12 @@ from gymnasium import spaces
 from k1.arena import LaneState
 from k1.data import TextData
 from k1.errors import K1Error
+from k1env.instances import Instance
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
 from k1env.schedule import Task
 from k1env.session import Seat, Session
-from k1env.settings import Settings
+from k1env.settings import DEFAULT_INSTANCE, Settings
 from k1env.setup import Setup, set_up
 
 Observation = dict[str, np.ndarray]
@@ -56,8 +57,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     ## Observation space
     `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
-    (7 for each slot but the root's) and `domains` (4 for each domain). The fields are named, in
-    order, in `k1env.observation`. All are clipped and finite. None is computed from the gate pool.
+    (7 for each slot but the root's) and `domains` (4 for each domain; with instances 4 for each of
+    4 places, filled as domains arrive). The fields are named, in order, in `k1env.observation`.
+    All are clipped and finite. None is computed from the gate pool.
 
     ## Reward
     `reward_scale` (100) times the fall of validation bits per byte, averaged over the domains seen
@@ -66,8 +68,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     refused or an impossible one, else 0.0; `info["cost_components"]` tells them apart.
 
     ## Start
-    `reset(seed=s)` draws the instance (order of domains, starting hyper-parameters) and trains
-    Phase 1, or takes the checkpoint given as `start`. The same seed gives the same episode.
+    `reset(seed=s)` trains Phase 1, or takes the checkpoint given as `start`. The world is that of
+    `instance` or, for this reset only, of `options={"instance": ...}`: the order of domains, the
+    tree, the starting hyper-parameters, the budget. The same seed gives the same episode.
 
     ## End
     `terminated`: the controller stopped, or divergence beyond rollback. `truncated`: the compute
@@ -80,7 +83,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     `preset` names a preset, `config` (`k1env.Settings`) replaces it, `data` is what
     `k1.load_data` takes, or its result. `start` is a checkpoint folder of `k1.Trainer` (with a
     preset, its router is taken over; all else has to fit), `device` is auto, cpu or cuda, `ledger`
-    logs decisions, `render_mode` is ansi, human or rgb_array.
+    logs decisions, `render_mode` is ansi, human or rgb_array. `instance` is a
+    `k1env.instances.Instance`, the name of one ("train/17"), or a set to draw from at each reset by
+    its seed ("train", "validation", "test"); the default is `Settings.instance`.
 
     ## Version history
     * v0: initial version.
@@ -101,16 +106,19 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         device: str = "auto",
         ledger: LedgerLike | None = None,
         render_mode: str | None = None,
+        instance: Instance | str | None = None,
     ) -> None:
         """Load the text and lay out the spaces; nothing is trained before `reset`.
 
         Raises:
-            K1Error: for an unknown preset or render mode, or text that cannot be had.
+            K1Error: for an unknown preset, render mode or instance, or text that cannot be had.
         """
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             known = ", ".join(self.metadata["render_modes"])
             raise K1Error(f"unknown render_mode {render_mode!r}: choose one of {known}")
-        setup = set_up(preset, data=data, config=config, start=start, device=device)
+        setup = set_up(
+            preset, data=data, config=config, start=start, device=device, instance=instance
+        )
         self._furnish(setup, ledger, render_mode)
 
     def _furnish(
@@ -121,14 +129,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         seat: Seat | None = None,
     ) -> None:
         self.settings, self.data = setup.settings, setup.data
-        self.device, self._start = setup.device, setup.start
+        self.device, self._start, self._instance = setup.device, setup.start, setup.instance
         self.render_mode, self._ledger = render_mode, ledger
-        self._trained: dict[int, LaneState] = {}
+        self._trained: dict[tuple[int, Instance | None], LaneState] = {}
         self._before: tuple[Any, Any] | None = None
         self._can_undo = seat is None
         self.session = self._new_session(0, seat)
         slots = self.session.arena.scratch
-        self.observation_space = observation_space(slots, len(self.data.domains))
+        self.observation_space = observation_space(slots, self.session.worlds.rows)
         self.action_space = spaces.Discrete(len(self.session.table))
 
     @classmethod
@@ -150,6 +158,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             device=self.device,
             ledger=self._ledger,
             start=self._start,
+            instance=self._instance,
             seat=seat,
         )
 
@@ -170,21 +179,28 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; without a seed, one is drawn from the environment's generator."""
-        return self.session.scheduler.run([self.reset_task(seed)])[0]
+        """Start an episode; without a seed, one is drawn from the environment's generator.
 
-    def reset_task(self, seed: int | None = None) -> Task[tuple[Observation, dict[str, Any]]]:
+        Raises:
+            ConfigError: if the instance in the options does not exist, or does not fit.
+        """
+        return self.session.scheduler.run([self.reset_task(seed, options)])[0]
+
+    def reset_task(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> Task[tuple[Observation, dict[str, Any]]]:
         """Do what `reset` does, as a task."""
         super().reset(seed=seed)
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
-        self.session.rebind(drawn)
-        self.session.start = self._start or self._trained.get(drawn)  # Phase 1 is not run twice
+        self.session.rebind(drawn, (options or {}).get("instance"))
+        start = (drawn, self.session.world.instance)
+        self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
         yield from self.session.begin_task()
         trained = self.session.trained
-        if self._start is None and trained is not None and drawn not in self._trained:
+        if self._start is None and trained is not None and start not in self._trained:
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
-            self._trained[drawn] = trained
+            self._trained[start] = trained
         self._before = None
         return self.observe()
 
@@ -272,6 +288,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin.action_space = copy.deepcopy(self.action_space)
         twin.observation_space = copy.deepcopy(self.observation_space)
         twin.session = twin._new_session(self.session.seed)
+        twin.session.rebind(self.session.seed, self.session.world.instance or DEFAULT_INSTANCE)
         twin.session.restore(*self.session.snapshot())
         twin.session.salt = f"{self.session.salt}fork/"
         return twin

@@ -91,7 +91,6 @@ def _system(session: Session, last: Outcome | None) -> list[float]:
     arena, settings = session.arena, session.settings
     step = max(1, session.trainer.steps)
     seen = [session.bits[d] for d in session.seen]
-    phase = session.decision - session.world.phase(session.decision) * settings.phase_decisions
     return [
         float(arena["loss"][session.main]) / math.log(2) / session.bytes_per_token / MOST_BITS,
         sum(seen) / len(seen) / MOST_BITS,
@@ -99,7 +98,7 @@ def _system(session: Session, last: Outcome | None) -> list[float]:
         float(arena["skipped"][session.main]) / step,
         session.spent / settings.budget,
         session.decision / settings.max_decisions,
-        phase / settings.phase_decisions,
+        session.world.into_phase(session.decision) / settings.phase_decisions,
         session.tree.agents / (arena.scratch - 1),
     ]
 
@@ -157,8 +156,8 @@ def _agents(session: Session) -> np.ndarray:
 
 def _domains(session: Session) -> list[float]:
     mix, seen, row = session.world.mix(session.decision), session.seen, []
-    for domain in session.data.domains:
+    for domain in session.world.shown(session.decision):
         now, start = session.bits[domain], session.bits_start[domain]
         row += [mix.get(domain, 0.0), float(domain in seen), now / MOST_BITS]
         row.append(math.tanh((start - now) if domain in seen else 0.0))
-    return row
+    return row + [0.0] * (len(DOMAIN_FIELDS) * session.worlds.rows - len(row))

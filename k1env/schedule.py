@@ -53,6 +53,8 @@ class Evaluate:
 
     lane: int
     split: str
+    domains: tuple[str, ...]
+    """Domains to measure on; the answer has them in the data's order."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,13 @@ class Separate:
         answers: list[dict[str, float] | Exception] = [{} for _ in requests]
         store, windows = self.engine.store, self.engine.arena.config.train.eval_windows
         for split in dict.fromkeys(r.split for r in requests):
-            chosen = [i for i, r in enumerate(requests) if r.split == split]
-            lanes = [requests[i].lane for i in chosen]
+            same_split = [i for i, r in enumerate(requests) if r.split == split]
             for domain in store.domains:
+                chosen = [i for i in same_split if domain in requests[i].domains]
+                if not chosen:
+                    continue
                 batch = store.spread(split, domain, windows)
+                lanes = [requests[i].lane for i in chosen]
                 found = self._measure([(lane, lane + 1, batch) for lane in lanes])
                 for i, bits in zip(chosen, found, strict=True):
                     answer = answers[i]

@@ -43,12 +43,13 @@ from k1env.gate import (
     TrialResult,
 )
 from k1env.guard import DivergenceGuard
+from k1env.instances import Instance
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
 from k1env.schedule import Claim, Evaluate, Scheduler, Separate, Task, Train
 from k1env.settings import Settings
 from k1env.snapshot import restore_snapshot, take_snapshot
-from k1env.world import World, draw_instance
+from k1env.world import Worlds
 
 BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
 
@@ -82,6 +83,7 @@ class Session:
         device: torch.device | str = "cpu",
         ledger: LedgerLike | None = None,
         start: LaneState | None = None,
+        instance: Instance | str | None = None,
         seat: Seat | None = None,
     ) -> None:
         """Set the world up; `begin` runs Phase 1 and starts Phase 2.
@@ -93,9 +95,11 @@ class Session:
             device: where everything is held.
             ledger: where decisions are logged.
             start: a trained system to start from, in place of Phase 1.
+            instance: the world, in place of `settings.instance` (see `Worlds`).
             seat: where to live among other sessions; by itself by default.
         """
-        self.settings, self.data, self.seed = settings, data, seed
+        self.data, self.seed = data, seed
+        self.worlds = Worlds(settings, data.domains, instance)
         self.ledger: LedgerLike = ledger if ledger is not None else MemoryLedger()
         self.start = start
         alone = seat is None
@@ -121,11 +125,16 @@ class Session:
         """The system as Phase 1 left it, if it is kept."""
         self.rebind(seed)
 
-    def rebind(self, seed: int) -> None:
-        """Choose another seed, and with it another instance; `begin` comes next."""
+    def rebind(self, seed: int, instance: Instance | str | None = None) -> None:
+        """Choose another seed, and with it another world; `begin` comes next.
+
+        Raises:
+            ConfigError: if the instance does not exist, or needs other text or a larger tree.
+        """
+        self.world = self.worlds.draw(seed, instance)
+        self.settings = self.world.settings
         self.salt = ""
         self.seed = self.trainer.seed = seed
-        self.world = World(draw_instance(self.settings, self.data.domains, seed), self.settings)
         self._clear()
 
     def _clear(self) -> None:
@@ -183,11 +192,11 @@ class Session:
     def begin_task(self) -> Task[None]:
         """Do what `begin` does, as a task."""
         self._clear()
-        instance, train = self.world.instance, self.settings.system.train
+        train = self.settings.system.train
         if self.start is not None:
             self.arena.write_lane(self.main, self.start)
         else:
-            self.arena.reset_lane(self.main, instance.seed)
+            self.arena.reset_lane(self.main, self.world.seed, self.world.branching)
             for name in ("cooldown", "top_k", "exploration"):
                 self.arena.set_hyper(self.main, name, getattr(train, name))
             self.arena.set_hyper(self.main, "lr", self.settings.phase1_lr)
@@ -199,18 +208,13 @@ class Session:
                 yield Train((self.main,), steps, mode=mode)
             self.notify("phase1", done=total, total=total)
         self.trained = self.arena.read_lane(self.main) if self.keeps_trained else None
-        for name, value in (
-            ("lr", instance.lr),
-            ("cooldown", instance.cooldown),
-            ("top_k", instance.top_k),
-            ("exploration", train.exploration),
-        ):
-            self.arena.set_hyper(self.main, name, value)
-        self.arena["data_seed"][self.main] = derive_seed("phase 2", self.seed)
+        for name in ("lr", "cooldown", "top_k", "exploration"):
+            self.arena.set_hyper(self.main, name, getattr(train, name))
+        self.arena["data_seed"][self.main] = derive_seed("phase 2", self.world.seed)
         self.trainer.set_mix(self.world.mix(0))
         self.agents_start = self.tree.agents
         self.reference_flops = self._flops(self.main)
-        self.bits = self.bits_start = yield Evaluate(self.main, "validation")
+        self.bits = self.bits_start = yield self._evaluation
         self.visited = [self.moves.signature(self.main)]
         self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
         log_start(self)
@@ -299,7 +303,7 @@ class Session:
                 self.main,
                 self.shadow if self.shadow_diverged else None,
                 lambda lane: self.moves.change(action, lane),
-                seed=derive_seed("attempt", self.seed, self.salt, self.boundary.attempted),
+                seed=derive_seed("attempt", self.world.seed, self.salt, self.boundary.attempted),
                 mix=shares,
                 price=self._price,
                 stop=action.kind == actions.STOP,
@@ -352,7 +356,7 @@ class Session:
 
     def _measure(self, outcome: Outcome, before: dict[str, float]) -> Task[None]:
         """Evaluate the system, and go back if it has diverged."""
-        self.bits = yield Evaluate(self.main, "validation")
+        self.bits = yield self._evaluation
         self.spent += outcome.spent
         if not outcome.stopped:
             outcome.rolled_back = yield from self._guard()
@@ -388,8 +392,12 @@ class Session:
         finite = all(math.isfinite(bits) for bits in self.bits.values())
         went_back = self.guard.check(phase, loss, finite)
         if went_back:
-            self.bits = yield Evaluate(self.main, "validation")
+            self.bits = yield self._evaluation
         return went_back
+
+    @property
+    def _evaluation(self) -> Evaluate:
+        return Evaluate(self.main, "validation", self.world.domains)
 
     def _visit(self) -> None:
         if self.moves.signature(self.main) not in self.visited:

@@ -8,6 +8,9 @@ from typing import Any
 from k1.config import Config, read_dataclass
 from k1.errors import ConfigError
 from k1env.gate import GateConfig
+from k1env.instances import find_instance
+
+DEFAULT_INSTANCE = "default"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Settings:
     """Lane steps, trials included, after which the episode is truncated."""
     max_decisions: int = 400
     """Decisions after which the episode is truncated."""
-    instance: str = "default"
-    """"default" (this configuration's own start), "train" or "test" (drawn from disjoint sets)."""
+    instance: str = DEFAULT_INSTANCE
+    """"default" (the text in its own order, this configuration's own start), a set of instances to
+    draw from by seed ("train", "validation", "test"), or one of them ("train/17")."""
     reward_scale: float = 100.0
     """Reward for a fall by one bit per byte."""
     compute_price: float = 0.01
@@ -54,8 +58,8 @@ class Settings:
             raise ConfigError(f"replay = {self.replay} is not possible: 0 <= replay < 1")
         if self.phase1_mode not in ("dense", "exact", "sparse"):
             raise ConfigError(f"phase1_mode {self.phase1_mode!r}: choose dense, exact or sparse")
-        if self.instance not in ("default", "train", "test"):
-            raise ConfigError(f"instance {self.instance!r}: choose default, train or test")
+        if self.instance != DEFAULT_INSTANCE:
+            find_instance(self.instance, seed=0)
 
     @staticmethod
     def preset(name: str) -> Settings:

@@ -20,12 +20,14 @@ from k1.errors import K1Error
 from k1.trainer import Trainer
 from k1env.env import Observation, Phase2Env
 from k1env.gate import Gate
+from k1env.instances import Instance
 from k1env.outcome import UNLOGGED, LedgerLike
 from k1env.schedule import Scheduler, Separate, Task
 from k1env.session import Seat
-from k1env.settings import Settings
-from k1env.setup import Setup, set_up
+from k1env.settings import DEFAULT_INSTANCE, Settings
+from k1env.setup import Setup, set_up, settle
 from k1env.wide import Wide
+from k1env.world import text_of
 
 _OWN = ("lr", "top_k", "cooldown", "exploration")
 """Fields of `TrainConfig` in which environments of one arena may differ."""
@@ -57,6 +59,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     `preset`, `data`, `start` and `device` are those of `Phase2Env`. `config` is one
     `k1env.Settings` or one for each environment; these may differ in everything but the system, of
     which `train.lr`, `train.top_k`, `train.cooldown` and `train.exploration` may differ too.
+    `instance` is that of `Phase2Env` or one for each environment: all of them of the same text, and
+    none of them the default world beside others.
     `autoreset_mode` is one of `gymnasium.vector.AutoresetMode`. `ledgers` log each environment's
     decisions; by default nothing is logged, which spares a hash of the state at every step.
     `spare_lanes` is how many lanes trials share; a trial that finds no room waits. `wide` lets many
@@ -83,6 +87,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         spare_lanes: int | None = None,
         wide: bool | None = None,
         render_mode: None = None,
+        instance: Instance | str | Sequence[Instance | str] | None = None,
     ) -> None:
         """Load the text and lay out the lanes; nothing is trained before `reset`.
 
@@ -93,20 +98,21 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             raise K1Error(f"num_envs = {num_envs}: use 1 or more")
         if render_mode is not None:
             raise K1Error("vector environments are not rendered: leave render_mode out")
-        configs = [config] if config is None or isinstance(config, Settings) else [*config]
-        configs = configs * num_envs if len(configs) == 1 else configs
-        if len(configs) != num_envs or (ledgers is not None and len(ledgers) != num_envs):
-            raise K1Error(f"give one config, or {num_envs} of them, and as many ledgers or none")
-        first = set_up(preset, data=data, config=configs[0], start=start, device=device)
-        settings = [first.settings if c is None else c for c in configs]
-        if any(_shared(s.system) != _shared(first.settings.system) for s in settings):
-            raise K1Error(f"environments side by side have one system but for its {_OWN}")
+        configs, choices = _each("config", config, num_envs), _each("instance", instance, num_envs)
+        ledgers = _each("ledgers", ledgers if ledgers is not None else UNLOGGED, num_envs)
+        first = set_up(
+            preset, data=data, config=configs[0], start=start, device=device, instance=choices[0]
+        )
+        setups = []
+        for own, choice in zip(configs, choices, strict=True):
+            settings, chosen = settle(first.settings if own is None else own, choice)
+            setups.append(replace(first, settings=settings, instance=chosen))
+        _check_alike(setups, data)
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        ledgers = ledgers if ledgers is not None else [UNLOGGED] * num_envs
         wide = wide if wide is not None else first.device.type != "cpu"
-        self.envs = _seat(first, settings, ledgers, spare_lanes, wide)
+        self.envs = _seat(setups, ledgers, spare_lanes, wide)
         self._scheduler = self.envs[0].session.scheduler
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
@@ -127,18 +133,27 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     # -- each environment ------------------------------------------------------------------------
 
     def reset_each(
-        self, seeds: Sequence[int | None], chosen: Sequence[int] | None = None
+        self,
+        seeds: Sequence[int | None],
+        chosen: Sequence[int] | None = None,
+        instance: Instance | str | Sequence[Instance | str] | None = None,
     ) -> dict[int, tuple[Observation, dict[str, Any]]]:
         """Start episodes; returns each environment's observation and info, by its number.
 
         Args:
             seeds: one for each environment; None draws one from the environment's generator.
             chosen: which environments; all by default.
+            instance: the world of these episodes, or one for each environment, in place of the
+                environments' own.
+
+        Raises:
+            K1Error: if an instance does not exist or does not fit, or they are too many or few.
         """
+        worlds = _each("instance", instance, self.num_envs)
         numbers = list(range(self.num_envs) if chosen is None else chosen)
         for i in numbers:
             self._observations[i] = None
-        tasks = [self.envs[i].reset_task(seeds[i]) for i in numbers]
+        tasks = [self.envs[i].reset_task(seeds[i], {"instance": worlds[i]}) for i in numbers]
         done = dict(zip(numbers, self._scheduler.run(tasks), strict=True))
         for i, (observation, _) in done.items():
             self._observations[i], self._ended[i] = observation, False
@@ -198,7 +213,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Args:
             seed: one for each environment, or the first one's, which the others count up from.
                 None draws a seed from each environment's generator.
-            options: `reset_mask` is a boolean array, one entry for each environment.
+            options: `reset_mask` is a boolean array, one entry for each environment; `instance`
+                is the world of these episodes, or one for each environment.
 
         Raises:
             TypeError: if the mask is no boolean array.
@@ -218,7 +234,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if left:
             raise ResetNeeded(f"environments {left} had no reset yet: reset all of them first")
         infos: dict[str, Any] = {}
-        for i, (_, info) in self.reset_each(seeds, chosen).items():
+        worlds = (options or {}).get("instance")
+        for i, (_, info) in self.reset_each(seeds, chosen, worlds).items():
             infos = self._add_info(infos, info, i)
         return self.observations(), infos
 
@@ -266,15 +283,40 @@ def _shared(system: Config) -> Config:
     return system.replace(train={name: getattr(default, name) for name in _OWN})
 
 
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for all environments, or one for each.
+
+    Raises:
+        K1Error: if there are more or fewer than environments.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise K1Error(f"{name} has {len(value)} entries for {count} environments")
+    return [*value]
+
+
+def _check_alike(setups: Sequence[Setup], data: Any) -> None:
+    """See that environments can live side by side.
+
+    Raises:
+        K1Error: if not.
+    """
+    if len({setup.instance == DEFAULT_INSTANCE for setup in setups}) > 1:
+        raise K1Error("the default world cannot be beside instances: it has other observations")
+    systems = [_shared(setup.settings.system) for setup in setups]
+    if any(system != systems[0] for system in systems):
+        raise K1Error(f"environments side by side have one system but for its {_OWN}")
+    if data is None and len({text_of(s.instance, s.settings) for s in setups}) > 1:
+        raise K1Error("the instances are about different texts: give data that hold all domains")
+
+
 def _seat(
-    setup: Setup,
-    settings: list[Settings],
-    ledgers: Sequence[LedgerLike],
-    spare: int | None,
-    wide: bool,
+    setups: Sequence[Setup], ledgers: Sequence[LedgerLike], spare: int | None, wide: bool
 ) -> list[Phase2Env]:
     """Lay out an arena, and make an environment for each of its systems."""
-    count, widest = len(settings), max(Gate.lanes_needed(s.gate) for s in settings)
+    setup, count = setups[0], len(setups)
+    widest = max(Gate.lanes_needed(s.settings.gate) for s in setups)
     if spare is None:
         spare = max(widest, 2 * count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
     if spare < widest:
@@ -287,11 +329,11 @@ def _seat(
     calls = Wide(trainer.engine) if wide else Separate(trainer.engine)
     scheduler = Scheduler(calls, range(2 * count, lanes))
     envs = []
-    for i, own in enumerate(settings):
+    for i, own in enumerate(setups):
         # Wide calls want systems side by side; by itself, a system has its shadow beside it.
         main, shadow = (i, count + i) if wide else (2 * i, 2 * i + 1)
         seat = Seat(trainer.at(main), shadow, scheduler)
-        envs.append(Phase2Env.seated(replace(setup, settings=own), seat, ledgers[i]))
+        envs.append(Phase2Env.seated(own, seat, ledgers[i]))
     return envs
 
 

@@ -118,8 +118,9 @@ class Wide:
         engine, answers = self.engine, [dict[str, float]() for _ in requests]
         windows = engine.arena.config.train.eval_windows
         for split in dict.fromkeys(r.split for r in requests):
-            by_lane = {r.lane: i for i, r in enumerate(requests) if r.split == split}
+            same_split = {r.lane: i for i, r in enumerate(requests) if r.split == split}
             for domain in engine.store.domains:
+                by_lane = {n: i for n, i in same_split.items() if domain in requests[i].domains}
                 batch = engine.store.spread(split, domain, windows)
                 for low, high in cover(list(by_lane), engine.arena.lanes):
                     bits = engine.bits_per_byte(low, high, batch).tolist()

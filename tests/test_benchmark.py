@@ -390,6 +390,7 @@ def test_kernels_and_graphs_on_a_gpu(monkeypatch, data):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own imports and choices
 def test_a_gpu_tells_kernels_and_memory(data):
     device = torch.device("cuda")
     config = small_config(train={"precision": "bfloat16"})

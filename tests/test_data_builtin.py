@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from k1.cli import absolute_source
 from k1.data import POOLS, TextData, builtin, load_data
 from k1.data.builtin import read_builtin
 from k1.data.prose import Prose
@@ -21,6 +22,11 @@ def data() -> TextData:
     return load_data("builtin", max_bytes=SMALL)
 
 
+@pytest.fixture(scope="module")
+def more() -> TextData:
+    return load_data("builtin:" + ",".join(builtin.MORE_DOMAINS), max_bytes=SMALL)
+
+
 def text_of(data: TextData, domain: str, pool: str) -> str:
     return data.tokenizer.decode(data.tokens(domain, pool))
 
@@ -34,14 +40,15 @@ def test_three_domains_with_all_pools(data: TextData) -> None:
             assert len(data.tokens(domain, pool)) > 7_000
 
 
-def test_no_document_is_in_two_pools(data: TextData) -> None:
+def test_no_document_is_in_two_pools(data: TextData, more: TextData) -> None:
     seen: set[str] = set()
-    for domain in data.domains:
-        for pool in POOLS:
-            for document in text_of(data, domain, pool).split("\n\n"):
-                key = "".join(document.casefold().split())
-                assert key not in seen
-                seen.add(key)
+    for text in (data, more):
+        for domain in text.domains:
+            for pool in POOLS:
+                for document in text_of(text, domain, pool).split("\n\n"):
+                    key = "".join(document.casefold().split())
+                    assert key not in seen
+                    seen.add(key)
 
 
 def test_reading_again_gives_the_same(data: TextData) -> None:
@@ -50,7 +57,12 @@ def test_reading_again_gives_the_same(data: TextData) -> None:
 
 
 def test_domains_read_differently(data: TextData) -> None:
-    """A byte-bigram model of each domain's training text names the domain of held-out text."""
+    right, wrong = named_right(data)
+    assert right > 0.85 * (right + wrong)
+
+
+def named_right(data: TextData) -> tuple[int, int]:
+    """How often a byte-bigram model of training text names the domain of held-out text."""
     models = {domain: Counter(bigrams(text_of(data, domain, "train"))) for domain in data.domains}
     totals = {domain: sum(model.values()) for domain, model in models.items()}
 
@@ -65,11 +77,52 @@ def test_domains_read_differently(data: TextData) -> None:
             window = text[start : start + 256]
             best = max(data.domains, key=lambda name: score(name, window))
             right, wrong = right + (best == domain), wrong + (best != domain)
-    assert right > 0.85 * (right + wrong)
+    return right, wrong
 
 
 def bigrams(text: str) -> list[str]:
     return [text[i : i + 2] for i in range(len(text) - 1)]
+
+
+def test_more_domains_read_differently_from_each_other(more: TextData) -> None:
+    assert more.domains == builtin.MORE_DOMAINS
+    right, wrong = named_right(more)
+    assert right > 0.85 * (right + wrong)
+
+
+def test_a_domain_is_the_same_whatever_is_read_with_it(data: TextData, more: TextData) -> None:
+    few = load_data("builtin:stubs,code", max_bytes=SMALL)
+    assert few.domains == ("stubs", "code")
+    for pool in POOLS:
+        assert text_of(few, "code", pool) == text_of(data, "code", pool)
+        assert text_of(few, "stubs", pool) == text_of(more, "stubs", pool)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("builtin:code,poems", '"poems" is none .* there are code, prose'),
+        ("builtin:", 'domain "" is none'),
+        ("builtin:code,stubs,code", '"code" is named twice'),
+    ],
+)
+def test_a_wrong_name_is_an_error_that_lists_the_domains(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data(source, max_bytes=SMALL)
+
+
+@pytest.mark.parametrize("source", ["builtin", "builtin:code,stubs", "hub", ""])
+def test_a_named_source_is_no_path(source: str) -> None:
+    assert absolute_source(source) == source
+
+
+def test_headers_lose_their_licence_but_no_code() -> None:
+    for comment in ("// Copyright\n//\n  // more", "/* Copyright\n * more */", "\n// one"):
+        source = f"{comment}\n#pragma once\n// stays\nint f();"
+        assert builtin._LICENCE_HEADER.sub("", source, count=1).strip() == (
+            "#pragma once\n// stays\nint f();"
+        )
+    assert builtin._LICENCE_HEADER.sub("", "int x; /* stays */") == "int x; /* stays */"
 
 
 def test_nothing_is_imported_to_be_read() -> None:

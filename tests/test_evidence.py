@@ -14,7 +14,7 @@ from k1.evidence import (
     add_counts,
     hash_bigrams,
     history_mask,
-    level_evidence,
+    levels_evidence,
     rotate,
 )
 from k1.forward import Batch, read_text
@@ -35,10 +35,10 @@ def family(children=3):
 def evidence(counts, tokens, starts=None, config=CONFIG):
     """Evidence [child, B, T] of the root's children, by the code under test."""
     starts = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts
-    root, kids = family(counts.shape[0])
+    _, kids = family(counts.shape[0])
     bigram, context = hash_bigrams(tokens[None], config)
     mask = history_mask(starts[None])
-    found = level_evidence(counts[None], root, kids, bigram, context, mask, config)
+    (found,) = levels_evidence([counts[None]], [kids], bigram, context, mask, config)
     return found[0].view(counts.shape[0], *tokens.shape)
 
 
@@ -52,7 +52,7 @@ def random_case(seed, children=3, windows=4, time=12):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("tau", "strength"), [(1.0, 16.0), (0.3, 2.5)])
-def test_level_evidence_equals_explicit_loops(seed, tau, strength):
+def test_evidence_equals_explicit_loops(seed, tau, strength):
     config = dataclasses.replace(CONFIG, tau=tau, strength=strength)
     counts, tokens, starts = random_case(seed)
     found = evidence(counts, tokens, starts, config)
@@ -71,7 +71,7 @@ def test_two_families_are_pooled_apart():
     counts, tokens, starts = random_case(9, children=4)
     bigram, context = hash_bigrams(tokens[None], CONFIG)
     mask = history_mask(starts[None])
-    found = level_evidence(counts[None], *levels[1:], bigram, context, mask, CONFIG)[0]
+    found = levels_evidence([counts[None]], levels[2:], bigram, context, mask, CONFIG)[0][0]
     for pair in ((0, 1), (2, 3)):
         alone = evidence(counts[list(pair)], tokens, starts).flatten(1)
         torch.testing.assert_close(found[list(pair)], alone, rtol=1e-4, atol=1e-4)

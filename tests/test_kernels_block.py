@@ -9,8 +9,20 @@ from tests.kernel_harness import ON_GPU, device
 
 # Windows, tokens in each, embed, heads, feed-forward: several windows to a program, one, and one
 # in parts; the last tokens of the first fill no program.
-SIZES = [(3, 32, 64, 4, 64), (3, 64, 64, 2, 192), (1, 128, 64, 2, 128), (1, 256, 64, 2, 64)]
-LARGE = [(5, 64, 128, 4, 256), (3, 32, 256, 4, 512), (2, 64, 256, 8, 512), (1, 256, 256, 4, 512)]
+SIZES = [
+    (3, 32, 64, 4, 64),
+    (3, 64, 64, 2, 192),
+    (1, 128, 64, 4, 128),
+    (1, 256, 64, 2, 64),
+    (2, 16, 128, 4, 64),
+]
+LARGE = [
+    (5, 64, 128, 4, 256),
+    (2, 128, 128, 8, 192),
+    (3, 32, 256, 4, 512),
+    (2, 64, 256, 8, 512),
+    (1, 256, 256, 4, 512),
+]
 SOURCE = [1, -1, 0]
 WEIGHT = [2, 0, 1]
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from k1.evidence import UNIT, add_counts, hash_bigrams, history_mask, level_evidence
+from k1.evidence import UNIT, add_counts, hash_bigrams, history_mask, levels_evidence
 from k1.forward import Batch, read_text
 from tests.kernel_harness import ON_GPU, Draw, device, ragged_levels, repeats_in_a_graph
 from tests.reference import loop_evidence, small_config
@@ -48,15 +48,15 @@ class Case:
         )
 
     def plain(self):
-        return level_evidence(
-            self.level_counts,
-            self.parent,
-            self.child,
+        (found,) = levels_evidence(
+            [self.level_counts],
+            [self.child],
             self.text.bigram,
             self.text.context,
             history_mask(self.starts),
             CONFIG,
         )
+        return found
 
 
 def check_evidence(level, time):
@@ -68,10 +68,12 @@ def check_evidence(level, time):
 
 
 def check_the_longest_window():
-    from k1.kernels.evidence import MAX_TIME
+    from k1.evidence import LONGEST_FUSED
 
-    case = Case(0, MAX_TIME, windows=1)
-    case.starts &= torch.arange(MAX_TIME, device=device()) < 20  # one document of over 200 tokens
+    case = Case(0, LONGEST_FUSED, windows=1)
+    case.starts &= (
+        torch.arange(LONGEST_FUSED, device=device()) < 20
+    )  # one document of over 200 tokens
     found = case.fused()
     for lane in (0, 3):
         slots = case.parent.children[lane, 0][case.parent.has_child[lane, 0]]

@@ -151,7 +151,9 @@ def compare(plain, fused, before):
         moved = plain[count] != before[count]
         assert moved.any() or (names is SHARED_ROWS and plain.config.update.shared_scale == 0)
         for name in names[:3]:
-            torch.testing.assert_close(fused[name], plain[name], rtol=2e-6, atol=2e-7)
+            # Roots and quotients are rounded otherwise on a GPU.
+            atol = 2e-7 if fused[name].device.type == "cpu" else 1e-6
+            torch.testing.assert_close(fused[name], plain[name], rtol=2e-6, atol=atol)
             assert torch.equal(fused[name][~moved], before[name][~moved])
             rows = fused[name][moved] != before[name][moved]
             assert rows.any(-1).all()

@@ -24,6 +24,7 @@ from k1env.schedule import (
     Train,
 )
 from k1env.wide import CALL, Wide, cover, untouched
+from tests.conftest import DOMAINS
 
 # -- the scheduler ------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ class Notes:
 def test_what_waits_for_the_same_is_asked_together() -> None:
     def task(lane: int, steps: int) -> Task[float]:
         yield Train((lane,), steps)
-        bits = yield Evaluate(lane, "validation")
+        bits = yield Evaluate(lane, "validation", DOMAINS)
         yield Train((lane,), 1)
         return float(bits["alpha"])
 
@@ -203,7 +204,7 @@ def test_wide_calls_come_to_the_same_as_separate_ones(make: Any) -> None:
         ) -> Task[list[Any]]:
             yield Train(lanes, steps, mode=mode)
             yield Train(lanes, 4, anneal=True)
-            bits = yield Evaluate(lanes[0], "validation")
+            bits = yield Evaluate(lanes[0], "validation", DOMAINS)
             scores = yield Score(lanes[0], lanes[0] + 2, own)
             return [*bits.values(), *scores]
 

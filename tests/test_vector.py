@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -17,9 +18,10 @@ from k1.data import TextData
 from k1.errors import K1Error
 from k1env.actions import ActionError
 from k1env.env import Phase2Env
+from k1env.instances import Instance
 from k1env.outcome import MemoryLedger
 from k1env.vector import Phase2VectorEnv
-from tests.phase2_helpers import kinds, quick
+from tests.phase2_helpers import index_of, kinds, quick
 from tests.vector_helpers import same, scripted, varied
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -72,12 +74,40 @@ def test_every_lane_has_the_trajectory_of_an_environment_by_itself(data: TextDat
     assert logged.count("end") >= 3 and sum(trial is not None for trial in tried) >= 6
 
 
+def test_every_lane_has_a_world_of_its_own(data: TextData) -> None:
+    """Worlds differ in domains, shifts, tree, start and budget; a reset can name others."""
+    one = Instance(
+        name="one", domains=("gamma", "alpha"), shifts=(2,), branching=(3, 2), lr=3e-3, cooldown=7,
+        top_k=2, exploration=0.25, pretrained=True, budget=90, seed=11,
+    )  # fmt: skip
+    two = replace(one, name="two", domains=("beta",), shifts=(), branching=(2, 2, 2), budget=80)
+    together = Phase2VectorEnv(2, config=quick(), data=data, device="cpu", instance=[one, two])
+    for first, second in ((one, two), (two, one)):
+        alone = [Phase2Env(config=quick(), data=data, instance=i) for i in (first, second)]
+        options = None if first is one else {"instance": [first, second]}
+        batch, _ = together.reset(seed=[8, 9], options=options)
+        for i, env in enumerate(alone):
+            observation, _ = env.reset(seed=8 + i)
+            assert same(observation, {name: rows[i] for name, rows in batch.items()})
+            assert together.envs[i].session.world.instance == (first, second)[i]
+        for action in (0, index_of(alone[0], "tune lr x2")):
+            for env, result in zip(alone, together.step_each([action] * 2), strict=True):
+                assert same((result.observation, result.reward), env.step(action)[:2])
+
+
+def test_worlds_that_do_not_go_together(data: TextData) -> None:
+    sets = [("train", "test/0"), ("default", "train")]
+    for worlds, why in zip(sets, ("different texts", "default world"), strict=True):
+        with pytest.raises(K1Error, match=why):
+            Phase2VectorEnv(2, config=quick(), device="cpu", instance=worlds)
+
+
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_it_does_what_gymnasium_does_with_single_environments(
     data: TextData, mode: AutoresetMode
 ) -> None:
     arguments: dict[str, Any] = {
-        "config": quick(max_decisions=2, phase_decisions=1, instance="train"),
+        "config": quick(max_decisions=2, phase_decisions=1),
         "data": data, "device": "cpu",
     }  # fmt: skip
     plain = gym.make_vec(
@@ -227,8 +257,8 @@ def test_mistakes_in_the_arguments(data: TextData) -> None:
     for arguments, words in (
         ({"num_envs": 0}, "use 1 or more"),
         ({"render_mode": "ansi"}, "not rendered"),
-        ({"config": [quick()] * 3}, "give one config, or 2"),
-        ({"ledgers": [MemoryLedger()]}, "as many ledgers"),
+        ({"config": [quick()] * 3}, "config has 3 entries for 2"),
+        ({"ledgers": [MemoryLedger()]}, "ledgers has 1 entries for 2"),
         ({"config": [quick(), quick(system=wide)]}, "have one system"),
         ({"spare_lanes": 5}, "a trial takes up to 6 lanes"),
     ):
@@ -261,7 +291,7 @@ def numbers_held() -> int:
 
 
 def test_memory_is_flat(data: TextData) -> None:
-    settings = quick(phase1_steps=0, max_decisions=2, instance="train")
+    settings = quick(phase1_steps=0, max_decisions=2)
     env = Phase2VectorEnv(3, config=settings, data=data, device="cpu")
     env.reset(seed=0)
     held = []

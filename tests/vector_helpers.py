@@ -19,8 +19,8 @@ SCRIPTS = (
 
 
 def varied() -> list[Settings]:
-    """Settings of environments that differ in length, interval, instance and start."""
-    short = quick(max_decisions=2, phase_decisions=1, instance="train")
+    """Settings of environments that differ in length, interval, phases and start."""
+    short = quick(max_decisions=2, phase_decisions=1)
     other = quick().system.replace(train={"lr": 3e-3, "top_k": 4, "cooldown": 2})
     return [
         quick(max_decisions=4, interval=3),

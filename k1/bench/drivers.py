@@ -19,6 +19,7 @@ from k1.config import Config
 from k1.data import TextData
 from k1.engine import Engine
 from k1.forward import Batch, Weights, forward, lane_loss, read_text
+from k1.graphs import recording
 from k1.measure import outputs
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
@@ -143,16 +144,21 @@ class StackedDriver(_Drawn):
         router, levels = arena.router(0, 1), arena.index(0, 1)
         block_layout, shared_layout = start.block_layout, start.shared_layout
 
-        def loss(rows: list[Tensor], shared: Tensor, batch: Batch) -> Tensor:
+        def output(rows: list[Tensor], shared: Tensor, batch: Batch) -> Tensor:
             weights = Weights(rows, shared, block_layout, shared_layout)
             text = read_text(batch, config)
-            done = forward(weights, router, levels, batch, text, config)
-            return lane_loss(weights, done.output, batch).mean()
+            return forward(weights, router, levels, batch, text, config).output
+
+        def loss(rows: list[Tensor], shared: Tensor, batch: Batch) -> Tensor:
+            weights = Weights(rows, shared, block_layout, shared_layout)
+            return lane_loss(weights, self.output(rows, shared, batch), batch).mean()
 
         self.compiled = variant.compiled is not None
-        self.loss: Any = loss
+        self.output: Any = output
+        self.loss = loss
         if variant.compiled is not None:
-            self.loss = torch.compile(loss, mode=variant.compiled, dynamic=False)
+            # Not the loss: it is one product in chunks, and torch 2.11 fails to compile it.
+            self.output = torch.compile(output, mode=variant.compiled, dynamic=False)
         self.parameters = [*self.rows, self.shared]
         o = config.optimizer
         self.clip = o.clip
@@ -202,7 +208,7 @@ class FrozenDriver(Driver):
                     self._forward()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with determinism(self.deterministic), torch.cuda.graph(self.graph):
+            with determinism(self.deterministic), recording(self.graph, side):
                 self._forward()
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ class CoordinateEngine(Engine):
         widest = max(index.width for index in arena.index(0, arena.lanes))
         depth = len(arena.index(0, arena.lanes)) - 1
         for lane in range(arena.lanes):  # sizes the engine's list of path blocks
-            arena.set_hyper(lane, "top_k", widest if whole_subtree else depth)
+            arena.set_hyper(lane, "top_k", widest + depth - 1 if whole_subtree else depth)
 
     def turn(self, lane: int, number: int) -> int | None:
         """Return the slot whose turn it is, or None for the shared part."""

@@ -211,8 +211,8 @@ causal attention for full; the formula (`k1/flops.py`) is for the plain step too
 time that the formula's operations would take at the rate of a large matrix product, as a share of
 the time measured. Peak memory is what a variant adds, at most, to what others hold; it is not
 measured on a CPU, where variants in one process cannot be told apart. Variants that do not fit
-together in memory, and those that are compiled, are measured in further rounds, in which the
-reference takes part again.
+together in memory are measured in further rounds, and each that is compiled in rounds of its own;
+the reference takes part in all of them.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -218,8 +219,9 @@ def headings(record: dict[str, Any]) -> dict[str, str]:
 def how(record: dict[str, Any]) -> list[str]:
     """What a reader has to know to read the tables, one sentence each."""
     seeds = ", ".join(map(str, record["seeds"]))
+    command = re.sub(r"--(json|markdown) \S+", r"--\1 FILE", record["command"])
     lines = [
-        f"Command: `{record['command']}`.",
+        f"Command: `{command}`.",
         f"Device: {record['device']}; {record['versions']}.",
         f"Dense runs have {record['steps']} steps; columns in per cent are shares of what they "
         "use, in FLOPs or time. `minus dense` is at 100%; `reaches dense` is the share at which "

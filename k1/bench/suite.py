@@ -121,9 +121,10 @@ class Suite:
     ) -> dict[str, Record]:
         """Measure variants.
 
-        All that fit in memory are measured in the same rounds. What does not fit, and what has to
-        be compiled first, which takes long, waits for further rounds, in which the reference takes
-        part again: every ratio is within its rounds.
+        All that fit in memory are measured in the same rounds. What does not fit waits for further
+        rounds, and so does each that has to be compiled, for compiled code shares caches and
+        memory with what else is compiled. The reference takes part in all rounds: every ratio is
+        within its own.
 
         Args:
             variants: what to measure.
@@ -137,8 +138,8 @@ class Suite:
         self.records = {v.name: {"status": "unfinished", "about": v.about} for v in variants}
         self._count(variants)
         reference = next((v for v in variants if v.name == REFERENCE), None)
-        for compiled in (False, True):
-            waiting = [v for v in variants if (v.compiled is not None) == compiled]
+        plain = [v for v in variants if v.compiled is None]
+        for waiting in [plain, *([v] for v in variants if v.compiled is not None)]:
             while waiting:
                 group: dict[str, _Live] = {}
                 if reference is not None and waiting[0] is not reference:
@@ -146,7 +147,7 @@ class Suite:
                 self._fill(waiting, group)
                 self._measure(group)
                 group.clear()
-                if compiled:
+                if waiting is not plain:
                     torch._dynamo.reset()  # it holds what it compiled
                 free_memory(self.plan.device)
         return self.records

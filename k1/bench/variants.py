@@ -101,7 +101,7 @@ _ALL = (
     ),
     Variant("dense", "K-1 dense, eager", "engine", deterministic=True),
     Variant(
-        "dense-compiled", "K-1's forward pass and loss, torch.compile, fused AdamW", "stacked",
+        "dense-compiled", "K-1's forward pass, torch.compile; fused AdamW", "stacked",
         compiled="default",
     ),
     Variant(

@@ -1,10 +1,21 @@
-"""Real text that every installation of K-1 has already: three domains, no network.
+"""Real text that every installation of K-1 has already: nine domains, no network.
+
+Three are the text named "builtin":
 
 - `code`: the standard library's source, without docstrings and licence headers.
 - `prose`: running English from the language reference that `help()` shows, the documentation
   in the standard library and in general-purpose dependencies, package descriptions, licences.
 - `science`: documentation of NumPy, SciPy, SymPy, NetworkX and mpmath, with its parameters,
   formulas, examples and references.
+
+"builtin:A,B" names domains, these six among them:
+
+- `numerics`: the source of NumPy and SciPy, without docstrings and licence headers.
+- `tables`: documentation of pandas and PyArrow, likewise from docstrings.
+- `checks`: unit tests that NumPy, SciPy, SymPy, NetworkX and pandas install with themselves.
+- `headers`: the C++ headers of PyTorch and PyArrow, without licence headers.
+- `stubs`: type stubs of NumPy, PyTorch and pandas.
+- `symbols`: the Unicode database in the standard library, a line for each character.
 
 A document is the text of one file (one topic of the language reference), so that held-out text
 never comes from a file that was trained on. Nothing is imported or run: files are only parsed.
@@ -15,8 +26,11 @@ import gc
 import hashlib
 import importlib.util
 import os
+import re
+import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from itertools import chain
@@ -31,6 +45,9 @@ from k1.errors import DataError
 
 Unit = TypeVar("Unit")
 
+_LICENCE_HEADER = re.compile(r"\A\s*(?://[^\n]*(?:\n\s*//[^\n]*)*|/\*.*?\*/)", re.DOTALL)
+"""The first comment of a C++ file. Not all of these are licences, but no code is lost."""
+
 SCIENCE_PACKAGES = ("numpy", "scipy", "networkx", "mpmath")
 MORE_SCIENCE = ("sympy",)
 """Read only when the others don't suffice: it takes longest to parse for what it holds."""
@@ -44,6 +61,11 @@ PROSE_PACKAGES = (
     "jinja2",
     "click",
 )
+TABLE_PACKAGES = ("pandas", "pyarrow")
+TESTED_PACKAGES = (*SCIENCE_PACKAGES, *MORE_SCIENCE, "pandas")
+HEADER_PACKAGES = ("torch", "pyarrow")
+STUB_PACKAGES = ("numpy", "torch", "pandas")
+
 DESCRIBED_PACKAGES = (*SCIENCE_PACKAGES, *MORE_SCIENCE, "torch", "pandas", "pyarrow")
 """Prose gives their descriptions and licences, but none of their documentation."""
 
@@ -68,6 +90,11 @@ SKIPPED_FOLDERS = {
 }
 """Tests, tables, vendored copies, and what other Python installations lack."""
 
+GENERATED_FOLDERS = {"ops"}
+"""PyTorch writes thousands of C++ headers into it that hardly differ."""
+
+CHARACTERS_IN_A_DOCUMENT = 64
+
 HELD_OUT_SHARE = 0.08
 """Of all bytes of a domain; validation and test get this much each."""
 
@@ -78,26 +105,60 @@ LEAST_BYTES = 300_000
 """A domain with less text than this, though more was asked for, is not worth training on."""
 
 
-def read_builtin(max_bytes: int) -> dict[str, Splits]:
-    """Find and split the text of the three domains.
+DEFAULT_DOMAINS = ("code", "prose", "science")
+MORE_DOMAINS = ("numerics", "tables", "checks", "headers", "stubs", "symbols")
+BUILTIN_DOMAINS = (*DEFAULT_DOMAINS, *MORE_DOMAINS)
+
+
+def named_domains(source: str) -> tuple[str, ...]:
+    """Return the domains that a source "builtin" or "builtin:A,B" names, in its order.
+
+    Raises:
+        DataError: There is no such domain, or it is named twice.
+    """
+    _, colon, names = source.partition(":")
+    domains = tuple(names.split(",")) if colon else DEFAULT_DOMAINS
+    for name in domains:
+        if name not in BUILTIN_DOMAINS or domains.count(name) > 1:
+            problem = "is named twice" if name in BUILTIN_DOMAINS else "is none"
+            raise DataError(
+                f'domain "{name}" {problem} of the builtin data; there are '
+                + ", ".join(BUILTIN_DOMAINS)
+            )
+    return domains
+
+
+def read_builtin(max_bytes: int, domains: tuple[str, ...] = DEFAULT_DOMAINS) -> dict[str, Splits]:
+    """Find and split the text of domains.
 
     The same installation always gives the same documents in the same order.
 
     Args:
         max_bytes: Reading stops when a domain has this much and its held-out share.
+        domains: Some of `BUILTIN_DOMAINS`.
 
     Raises:
         DataError: A domain has too little text here.
     """
-    return {domain: dict(splits) for domain, splits in _read_cached(max_bytes).items()}
+    return {domain: dict(splits) for domain, splits in _read_cached(max_bytes, domains).items()}
 
 
-@lru_cache(maxsize=2)  # an environment per lane reads the same text again and again
-def _read_cached(max_bytes: int) -> dict[str, Splits]:
+@lru_cache(maxsize=4)  # an environment per lane reads the same text again and again
+def _read_cached(max_bytes: int, domains: tuple[str, ...]) -> dict[str, Splits]:
     wanted = max_bytes + 2 * max(HELD_OUT_FLOOR, int(max_bytes * HELD_OUT_SHARE * 1.2))
+    readers: dict[str, Callable[[], Iterable[Document]]] = {
+        "code": _code,
+        "prose": _prose,
+        "science": _science,
+        "numerics": _numerics,
+        "tables": _tables,
+        "checks": _checks,
+        "headers": _headers,
+        "stubs": _stubs,
+        "symbols": _symbols,
+    }
     with _no_garbage_collection():
-        readers = {"code": _code(), "prose": _prose(), "science": _science()}
-        return {domain: _split(domain, readers[domain], wanted) for domain in readers}
+        return {domain: _split(domain, readers[domain](), wanted) for domain in domains}
 
 
 def _split(domain: str, documents: Iterable[Document], wanted: int) -> Splits:
@@ -124,23 +185,68 @@ def _split(domain: str, documents: Iterable[Document], wanted: int) -> Splits:
 
 
 def _code() -> Iterator[Document]:
-    for path in _shuffled(_standard_library()):
+    return _source_code(_standard_library())
+
+
+def _source_code(files: dict[str, Path]) -> Iterator[Document]:
+    for path in _shuffled(files):
         source = _parsed(path)
         if source:
             yield one_document(source.code)
 
 
 def _science() -> Iterator[Document]:
-    seen: set[str] = set()
-    paths = chain(
-        _shuffled(_package_files(SCIENCE_PACKAGES)), _shuffled(_package_files(MORE_SCIENCE))
+    return _documentation(
+        chain(_shuffled(_package_files(SCIENCE_PACKAGES)), _shuffled(_package_files(MORE_SCIENCE)))
     )
+
+
+def _documentation(paths: Iterable[Path]) -> Iterator[Document]:
+    seen: set[str] = set()
     for path in paths:
         source = _parsed(path)
         if source:
             new = [text for text in dict.fromkeys(source.docstrings) if text not in seen]
             seen.update(new)
             yield one_document("\n".join(new))
+
+
+def _numerics() -> Iterator[Document]:
+    return _source_code(_package_files(("numpy", "scipy")))
+
+
+def _tables() -> Iterator[Document]:
+    return _documentation(_shuffled(_package_files(TABLE_PACKAGES)))
+
+
+def _checks() -> Iterator[Document]:
+    files = _package_files(TESTED_PACKAGES, skipped=SKIPPED_FOLDERS - {"tests"})
+    return _source_code({name: path for name, path in files.items() if "/tests/" in name})
+
+
+def _headers() -> Iterator[Document]:
+    skipped = SKIPPED_FOLDERS | GENERATED_FOLDERS
+    for path in _shuffled(_package_files(HEADER_PACKAGES, ".h", skipped)):
+        text = _text(path)
+        yield one_document(_LICENCE_HEADER.sub("", text, count=1))
+
+
+def _stubs() -> Iterator[Document]:
+    for path in _shuffled(_package_files(STUB_PACKAGES, ".pyi")):
+        yield one_document(_text(path))
+
+
+def _symbols() -> Iterator[Document]:
+    """Yield consecutive characters with code point, category and name."""
+    starts = range(0, sys.maxunicode + 1, CHARACTERS_IN_A_DOCUMENT)
+    for start in _shuffled({f"U+{start:04X}": start for start in starts}):
+        lines = []
+        for code in range(start, start + CHARACTERS_IN_A_DOCUMENT):
+            name = unicodedata.name(chr(code), "")
+            # Names such as CJK UNIFIED IDEOGRAPH-4E00 say nothing but the code point.
+            if name and not name.endswith(f"-{code:04X}") and not name.startswith("HANGUL SYL"):
+                lines.append(f"U+{code:04X} {unicodedata.category(chr(code))} {name}")
+        yield Document("\n".join(lines))
 
 
 def _prose() -> Iterator[Document]:
@@ -167,15 +273,17 @@ def _shuffled(units: dict[str, Unit]) -> Iterator[Unit]:
 
 
 def _standard_library() -> dict[str, Path]:
-    return _python_files("stdlib", Path(sysconfig.get_path("stdlib")))
+    return _files("stdlib", Path(sysconfig.get_path("stdlib")))
 
 
-def _package_files(packages: tuple[str, ...]) -> dict[str, Path]:
+def _package_files(
+    packages: tuple[str, ...], suffix: str = ".py", skipped: Set[str] = SKIPPED_FOLDERS
+) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for package in packages:
         folder = _package_folder(package)
         if folder:
-            files |= _python_files(package, folder)
+            files |= _files(package, folder, suffix, skipped)
     return files
 
 
@@ -194,16 +302,26 @@ def _site_folders() -> list[Path]:
     return list(dict.fromkeys(folder.parent for folder in folders if folder))
 
 
-def _python_files(name: str, root: Path) -> dict[str, Path]:
-    """Return the Python files below a folder by a name that doesn't depend on where it lies."""
+def _files(
+    name: str, root: Path, suffix: str = ".py", skipped: Set[str] = SKIPPED_FOLDERS
+) -> dict[str, Path]:
+    """Return the files of a kind below a folder by a name that doesn't depend on where it lies."""
     files: dict[str, Path] = {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [sub for sub in subfolders if sub not in SKIPPED_FOLDERS and "-" not in sub]
+        subfolders[:] = [sub for sub in subfolders if sub not in skipped and "-" not in sub]
         for file in names:
-            if file.endswith(".py"):
+            if file.endswith(suffix):
                 path = Path(folder, file)
                 files[f"{name}/{path.relative_to(root).as_posix()}"] = path
     return files
+
+
+def _text(path: Path) -> str:
+    """Return a file's text; nothing if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, ValueError):
+        return ""
 
 
 @cache

@@ -15,7 +15,8 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "builtin"
-    """ "builtin" (text of this Python installation), "hub" (Hugging Face) or a folder path."""
+    """ "builtin" (text of this Python installation; "builtin:A,B" for some domains of it), "hub"
+    (Hugging Face) or a folder path."""
 
     tokenizer: str = "bytes"
     """ "bytes", or "bpe": a byte-level BPE trained on the training text."""

@@ -18,7 +18,8 @@ def load_data(source: str | Path | DataConfig = "builtin", **overrides: Any) -> 
     """Read text and turn it into tokens.
 
     Args:
-        source: "builtin" (text of this Python installation, no network needed), "hub"
+        source: "builtin" (text of this Python installation, no network needed), or
+            "builtin:A,B" for the domains A and B of it (see `k1.data.builtin`), "hub"
             (WikiText, Python code and arXiv abstracts from the Hugging Face hub), a folder
             with `<domain>/{train,validation,test}.txt`, or a whole `DataConfig`.
         **overrides: Fields of `DataConfig` to set.
@@ -43,10 +44,10 @@ def load_data(source: str | Path | DataConfig = "builtin", **overrides: Any) -> 
 
 
 def _read(config: DataConfig) -> dict[str, Splits]:
-    if config.source == "builtin":
-        from k1.data.builtin import read_builtin
+    if config.source.partition(":")[0] == "builtin":
+        from k1.data.builtin import named_domains, read_builtin
 
-        return read_builtin(config.max_bytes)
+        return read_builtin(config.max_bytes, named_domains(config.source))
     if config.source == "hub":
         from k1.data.hub import read_hub
 

@@ -60,9 +60,20 @@ def dot(a, b):
 
 
 @triton.jit
-def _project(h, weights, first, bias, column, W: tl.constexpr):
+def _tile(weights, row, column, width: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """R x C numbers of weights [rows, width]: a tensor descriptor, or a pointer."""
+    if isinstance(weights, tl.tensor):
+        at = (row + tl.arange(0, R)).to(tl.int64)[:, None] * width
+        tile = tl.load(weights + at + (column + tl.arange(0, C))[None, :])
+    else:
+        tile = weights.load([row, column])
+    return tile
+
+
+@triton.jit
+def _project(h, weights, first, bias, column, D: tl.constexpr, W: tl.constexpr):
     """Multiply h [M, D] by W columns of weights [D, 3 * D] from `column` on; add the bias."""
-    tile = weights.load([first, column])
+    tile = _tile(weights, first, column, 3 * D, D, W)
     shift = tl.load(bias + column + tl.arange(0, W))
     return (dot(h, tile) + shift[None, :].to(tl.float32)).to(h.dtype)
 
@@ -76,9 +87,10 @@ def _forward(
     T: tl.constexpr, D: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     M: tl.constexpr, C: tl.constexpr, AT_ONCE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(1).to(tl.int64)
+    pieces = tl.cdiv(N, M)
+    block = (tl.program_id(0) // pieces).to(tl.int64)
     source = tl.load(source_ptr + block)
-    first = tl.program_id(0) * M
+    first = tl.program_id(0) % pieces * M
     row, d = first + tl.arange(0, M), tl.arange(0, D)
     inside = (row < N)[:, None]
     here = row[:, None] * D + d[None, :]
@@ -106,13 +118,19 @@ def _forward(
         tl.store(inverse_1_ptr + place, inverse, mask=row < N)
     if AT_ONCE:
         # All heads at once: one product per projection, one batched product per attention step.
-        # The loop ends with all three; written without one they take more registers.
-        q, k = tl.zeros((M, D), kind), tl.zeros((M, D), kind)
-        v = q
-        for column in range(0, 3 * D, D):
-            q = k
-            k = v
-            v = _project(h, qkv, at, qkv_bias_ptr, column, D)
+        if D < 128:
+            # Triton 3.6 compiles the loop below, for narrow blocks alone, to wrong results.
+            q = _project(h, qkv, at, qkv_bias_ptr, 0, D, D)
+            k = _project(h, qkv, at, qkv_bias_ptr, D, D, D)
+            v = _project(h, qkv, at, qkv_bias_ptr, 2 * D, D, D)
+        else:
+            # The loop ends with all three; written without one they take more registers.
+            q, k = tl.zeros((M, D), kind), tl.zeros((M, D), kind)
+            v = q
+            for column in range(0, 3 * D, D):
+                q = k
+                k = v
+                v = _project(h, qkv, at, qkv_bias_ptr, column, D, D)
         if KEEP and keep >= 0:
             wide = place[:, None] * (3 * D) + d[None, :]
             tl.store(kept_ptr + wide, q, mask=inside)
@@ -128,14 +146,14 @@ def _forward(
         o = tl.reshape(tl.permute(o, (1, 0, 2)), (M, D)).to(kind)
         if KEEP and keep >= 0:
             tl.store(o_ptr + place[:, None] * D + d[None, :], o, mask=inside)
-        x += dot(o, out.load([at, 0]))
+        x += dot(o, _tile(out, at, 0, D, D, D))
     else:
         # Head by head, and in a long sequence earlier rows are normed and projected again, a chunk
         # at a time.
         LONG: tl.constexpr = T if T > M else M
         hd = tl.arange(0, HD)
         for i in tl.static_range(H):
-            q = _project(h, qkv, at, qkv_bias_ptr, i * HD, HD)
+            q = _project(h, qkv, at, qkv_bias_ptr, i * HD, D, HD)
             if KEEP and keep >= 0:
                 tl.store(kept_ptr + place[:, None] * (3 * D) + i * HD + hd[None, :], q, mask=inside)
             o = tl.zeros((M, HD), tl.float32)
@@ -149,8 +167,8 @@ def _forward(
                     past = tl.load(earlier, mask=(key < N)[:, None], other=0.0).to(tl.float32)
                     past, _ = _normed(past, D)
                     past = past.to(kind)
-                    k = _project(past, qkv, at, qkv_bias_ptr, D + i * HD, HD)
-                    v = _project(past, qkv, at, qkv_bias_ptr, 2 * D + i * HD, HD)
+                    k = _project(past, qkv, at, qkv_bias_ptr, D + i * HD, D, HD)
+                    v = _project(past, qkv, at, qkv_bias_ptr, 2 * D + i * HD, D, HD)
                     if KEEP and keep >= 0:
                         wide = (keep * N + key)[:, None] * (3 * D) + i * HD + hd[None, :]
                         mine = ((key >= first) & (key < N))[:, None]
@@ -168,7 +186,7 @@ def _forward(
             o = (o / total[:, None]).to(kind)
             if KEEP and keep >= 0:
                 tl.store(o_ptr + place[:, None] * D + i * HD + hd[None, :], o, mask=inside)
-            x += dot(o, out.load([at + i * HD, 0]))
+            x += dot(o, _tile(out, at + i * HD, 0, D, HD, D))
     normed, inverse = _normed(x, D)
     h = normed.to(kind)
     if KEEP and keep >= 0:
@@ -177,11 +195,11 @@ def _forward(
     x += tl.load(back_bias_ptr + d)[None, :].to(tl.float32)
     for column in range(0, F, C):
         c = column + tl.arange(0, C)
-        u = dot(h, mlp_in.load([at, column]))
+        u = dot(h, _tile(mlp_in, at, column, F, D, C))
         u += tl.load(in_bias_ptr + c)[None, :].to(tl.float32)
         if KEEP and keep >= 0:
             tl.store(u_ptr + place[:, None] * F + c[None, :], u.to(kind), mask=inside)
-        x += dot(_gelu(u).to(kind), mlp_out.load([at_hidden + column, 0]))
+        x += dot(_gelu(u).to(kind), _tile(mlp_out, at_hidden + column, 0, D, C, D))
     tl.store(y_ptr + own, x.to(y_ptr.dtype.element_ty), mask=inside & (target >= 0))
 
 
@@ -194,21 +212,12 @@ _WIDEST = 128
 """Widest block whose heads' weights all fit on the chip."""
 
 
-def _at_once(embed: int, time: int) -> bool:
-    """Whether a program holds all heads at once."""
-    return time <= _ROWS and embed <= _WIDEST
-
-
 def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
     """Say why the kernels do not fit these sizes, or None if they do."""
     if embed not in (64, 128, 256):
         return f"embed {embed} is not 64, 128 or 256"
-    width = embed // heads
-    if width not in (16, 32, 64, 128):
-        return f"heads are {width} wide, not 16, 32, 64 or 128"
-    if width == 16 and not _at_once(embed, time):
-        # Triton 3.6 compiles products of 16 columns, fetched by the copy engine, to wrong results.
-        return f"heads are 16 wide, and windows of {time} tokens at embed {embed} go head by head"
+    if embed // heads not in (16, 32, 64, 128):
+        return f"heads are {embed // heads} wide, not 16, 32, 64 or 128"
     if feed_forward % 64:
         return f"feed_forward {feed_forward} is no multiple of 64"
     if time not in (16, 32, 64, 128, 256):
@@ -216,8 +225,13 @@ def why_not(embed: int, feed_forward: int, heads: int, time: int) -> str | None:
     return None
 
 
-def _tiles(weights: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Blocks' weights as the hardware's copy engine fetches them: a tile with one instruction."""
+def _tiles(weights: Tensor, rows: int, columns: int) -> TensorDescriptor | Tensor:
+    """Blocks' weights as the hardware's copy engine fetches them: a tile with one instruction.
+
+    Not those of narrow blocks: Triton 3.6 compiled them to wrong results.
+    """
+    if max(rows, columns) < _WIDEST:
+        return weights
     return TensorDescriptor.from_tensor(weights.flatten(0, 1), [rows, columns])
 
 
@@ -289,9 +303,9 @@ def run_blocks(
     blocks, (_, tokens, d) = len(source), x.shape
     if out is None:
         out = torch.empty(blocks, tokens, d, dtype=x.dtype, device=x.device)
-    at_once = _at_once(d, time)
+    at_once = time <= _ROWS and d <= _WIDEST
     width = d if at_once else d // heads
-    _forward[(triton.cdiv(tokens, _ROWS), blocks)](
+    _forward[(triton.cdiv(tokens, _ROWS) * blocks,)](
         x, source, weight, source if keep is None else keep, target, out,
         _tiles(folded.qkv, d, width), folded.qkv_bias, _tiles(folded.out, width, d),
         _tiles(folded.mlp_in, d, _COLUMNS), folded.mlp_in_bias,

@@ -19,9 +19,6 @@ from k1.topology import LevelIndex
 if TYPE_CHECKING:
     from k1.forward import Text
 
-MAX_TIME = 256
-"""Longest window of `level_evidence_fused`; windows have a power of two of tokens."""
-
 
 # Sizes that a change of the tree changes: a special case of each would be compiled again.
 @triton.jit(do_not_specialize=["width", "width_child"])
@@ -104,8 +101,7 @@ def level_evidence_fused(
 ) -> Tensor:
     """Sum the log-likelihood of each child's statistics over the text so far.
 
-    The same as `k1.evidence.level_evidence`, for windows of at most `MAX_TIME` tokens, a power of
-    two.
+    The same as `k1.evidence.levels_evidence`, for windows that `k1.evidence.kernel_fits`.
 
     Args:
         counts: int64 [L, W_child, 3, buckets + context_buckets].
@@ -225,8 +221,6 @@ def count_fused(
         config: the numbers of buckets.
         row: int64 [M]: the only rows [L * S] in question, each once but for scratch rows.
     """
-    if not levels:
-        return
     (lanes, slots), tokens = scale.shape, shares[0].shape[2]
     size = min(256, triton.next_power_of_2(tokens))
     blocks = triton.cdiv(tokens, size)

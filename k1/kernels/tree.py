@@ -66,8 +66,8 @@ class TreePass:
                 len(last.source) + last.first, tokens, device=forest.rows.device
             )
             self._ready = side.mark()
-            if shared:
-                self._order = order_tokens(batch.inputs, forest.shared_layout.shapes[0][0])
+            vocab = forest.shared_layout.shapes[0][0]
+            self._order = order_tokens(batch.inputs, vocab) if shared else None
         self._rows = forest.rows.flatten(0, 1)
         self._folded = fold_fused(self._rows, forest.block_layout, kind)
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
@@ -200,6 +200,7 @@ class TreePass:
             at = layout.starts[layout.names.index("norm.weight")]  # the shift lies behind the gain
             sum_rows(parts, by_shared[:, at : at + parts.shape[2]])
         dx, factors, router = self._down_the_paths(grad)
+        assert self._order is not None, "a pass with shared=False has no gradient of that part"
         self._side.keep(dx)
         with self._side.fork():
             by_input = dx[: len(losses)]

@@ -82,11 +82,12 @@ def _products(
     at_qkv, at_qkv_bias, at_out, at_in, at_in_bias, at_back, at_back_bias, at_router,
     at_router_bias,
     D: tl.constexpr, F: tl.constexpr, RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
-    SIZE: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    SIZE: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of one of a block's products, over a part of the tokens."""
-    tile, entry, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    entry, tile = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES
+    split = tl.program_id(1)
     if tl.load(row_ptr + entry) % slots == slots - 1:
         return
     DEEP: tl.constexpr = D // W
@@ -96,7 +97,7 @@ def _products(
     OUT: tl.constexpr = BACK + WIDE * DEEP
     ROUTER: tl.constexpr = OUT + DEEP * DEEP
     first = split * (STEPS * BLOCK)
-    parts_ptr += (split * tl.num_programs(1) + entry) * SIZE
+    parts_ptr += (split * (tl.num_programs(0) // TILES) + entry) * SIZE
     if tile < ROUTER:
         is_in, is_back, is_out = tile >= IN, tile >= BACK, tile >= OUT
         a_ptr = tl.where(is_in, normed_2, normed_1)
@@ -172,20 +173,20 @@ def _finish(
     at_gain_1, at_shift_1, at_qkv, at_qkv_bias, at_out, at_gain_2, at_shift_2, at_in, at_in_bias,
     at_router,
     D: tl.constexpr, F: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr,
-    S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+    S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Part of a block's row, and the sum of its squares."""
-    part, entry = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    entry, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     row = tl.load(row_ptr + entry)
     if row % slots == slots - 1:
         return
     SHARE: tl.constexpr = D // R
     PLAIN: tl.constexpr = 2 * SHARE + (D * D + E - 1) // E
-    step = tl.num_programs(1).to(tl.int64) * SIZE
+    step = (tl.num_programs(0) // PARTS).to(tl.int64) * SIZE
     parts_ptr += entry * SIZE
     raw_ptr = rows_ptr + row * P
     out_ptr += entry * P
-    squares_ptr += entry * tl.num_programs(0) + part
+    squares_ptr += entry * PARTS + part
     if part < SHARE:
         square = _unfold(
             parts_ptr, splits, step, raw_ptr, out_ptr, part * R,
@@ -278,14 +279,14 @@ def row_gradients(
     at_qkv_bias = triton.cdiv(total, 16) * 16
     size = at_qkv_bias + 3 * d
     parts = torch.empty(splits, blocks, size, dtype=torch.float32, device=dy.device)
-    _products[(tiles + routing, blocks, splits)](
+    _products[(blocks * (tiles + routing), splits)](
         kept.normed_1, factors.by_qkv, kept.attended, factors.by_middle, kept.normed_2,
         factors.by_hidden, factors.act, dy, normed, by_logits,
         row, parts, tokens, slots, inner,
         at["attention.qkv"], at_qkv_bias, at["attention.out"], at["mlp.in"], at["mlp.in_bias"],
         at["mlp.out"], at["mlp.out_bias"], at["router.weight"], at["router.bias"],
         D=d, F=f, RANKS=ranks, BLOCK_RANKS=max(_NARROWEST, triton.next_power_of_2(ranks)),
-        SIZE=size, W=width, STEPS=steps, BLOCK=_BLOCK_TOKENS,
+        SIZE=size, W=width, STEPS=steps, TILES=tiles + routing, BLOCK=_BLOCK_TOKENS,
         num_warps=width // 16, num_stages=3,
     )  # fmt: skip
     room = triton.next_power_of_2(splits)
@@ -295,11 +296,11 @@ def row_gradients(
     programs += triton.cdiv(total - at["mlp.in_bias"], chunk)
     by_row = torch.empty(blocks, total, dtype=torch.float32, device=dy.device)
     squares = torch.empty(blocks, programs, dtype=torch.float32, device=dy.device)
-    _finish[(programs, blocks)](
+    _finish[(blocks * programs,)](
         parts, rows, row, by_row, squares, slots, inner, splits,
         at["norm1.weight"], at["norm1.bias"], at["attention.qkv"], at_qkv_bias,
         at["attention.out"], at["norm2.weight"], at["norm2.bias"], at["mlp.in"],
         at["mlp.in_bias"], at["router.weight"],
-        D=d, F=f, P=total, SIZE=size, S=room, R=share, W=columns, E=chunk,
+        D=d, F=f, P=total, SIZE=size, S=room, R=share, W=columns, E=chunk, PARTS=programs,
     )  # fmt: skip
     return by_row, squares.sum(1)

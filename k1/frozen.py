@@ -1,0 +1,110 @@
+"""Blocks forward only on a CPU, where memory that is used again is worth more than long loops.
+
+The norm before attention has its gain and shift folded away, so it depends on nothing but the
+input: siblings, and their parent's router, share it.
+
+Shapes: n blocks, S inputs, N tokens of each, d = embed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from k1.block import Folded, by_head
+
+_CACHE_BYTES = 5 * 2**18
+"""Size of the largest intermediate value of the blocks that run together."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Blocks of a level that need not run."""
+
+    at: Tensor
+    """int64 [blocks]: their places in the flattened level."""
+    y: Tensor
+    """[blocks, N, d]: their outputs."""
+
+
+def run_frozen(
+    p: Folded,
+    above: Tensor,
+    normed: Tensor,
+    parent: Tensor,
+    time: int,
+    heads: int,
+    known: Known | None = None,
+) -> Tensor:
+    """Run the blocks of a level without a graph.
+
+    Args:
+        p: the weights of n blocks.
+        above: the inputs [S, N, d].
+        normed: the same after the norm without gain and shift.
+        parent: int64 [n]: each block's input.
+        time: tokens of a window.
+        heads: attention heads.
+        known: blocks that need not run.
+
+    Returns:
+        [n, N, d].
+    """
+    blocks, tokens, d, f = len(parent), *above.shape[1:], p.mlp_in.shape[2]
+    y = above.new_empty(blocks, tokens, d)
+    done: list[int] = []
+    if known is not None:
+        y.index_copy_(0, known.at, known.y)
+        done = known.at.tolist()
+    widest = tokens * max(3 * d, f, time) * above.element_size()
+    step = min(blocks, max(1, _CACHE_BYTES // widest))
+    inputs, a = above.new_empty(2, step, tokens, d)
+    qkv, h = above.new_empty(step, tokens, 3 * d), above.new_empty(step, tokens, f)
+    scores = above.new_empty(step * tokens * time)
+    for some in _runs(blocks, done, step):
+        n, w = some.stop - some.start, p.cut(some.start, some.stop)
+        source, out = parent[some], y[some]
+        torch.index_select(normed, 0, source, out=inputs[:n])
+        torch.baddbmm(w.qkv_bias[:, None], inputs[:n], w.qkv, out=qkv[:n])
+        windows = n * tokens // time
+        _attend(qkv[:n].view(windows, time, 3 * d), heads, scores, a[:n].view(windows, time, d))
+        torch.index_select(above, 0, source, out=out)
+        out.baddbmm_(a[:n], w.out)
+        torch.baddbmm(w.mlp_in_bias[:, None], F.layer_norm(out, (d,)), w.mlp_in, out=h[:n])
+        out.add_(w.mlp_out_bias[:, None]).baddbmm_(torch.ops.aten.gelu_(h[:n]), w.mlp_out)
+    return y
+
+
+def _runs(blocks: int, done: list[int], step: int) -> Iterator[slice]:
+    """Cut the blocks that are not done into runs of neighbours, `step` at most."""
+    first = 0
+    for stop in [*sorted(done), blocks]:
+        for start in range(first, stop, step):
+            yield slice(start, min(stop, start + step))
+        first = stop + 1
+
+
+def _attend(qkv: Tensor, heads: int, room: Tensor, out: Tensor) -> None:
+    """Causal attention [sequences, time, 3 * embed] -> [sequences, time, embed].
+
+    The first half of the queries sees the first half of the keys only: a quarter of the work less.
+    `room` has space for sequences * time * time numbers.
+    """
+    sequences, time, d = out.shape
+    half = (time + 1) // 2
+    mask = torch.full((half, half), -torch.inf, dtype=out.dtype).triu(1)
+    outs = out.split(d // heads, dim=-1)
+    for (q, k, v), result in zip(by_head(qkv, heads), outs, strict=True):
+        for first, last in ((0, half), (half, time)):
+            shape = sequences, last - first, last
+            scores = room[: math.prod(shape)].view(shape)
+            keys, scale = k[:, :last].transpose(1, 2), q.shape[-1] ** -0.5
+            scores.baddbmm_(q[:, first:last], keys, beta=0, alpha=scale)
+            scores[..., first:].add_(mask[: last - first, : last - first])
+            torch.softmax(scores, dim=-1, out=scores)
+            result[:, first:last] = torch.bmm(scores, v[:, :last])
