@@ -73,6 +73,7 @@ class Arena:
         # What the host has to know without asking the device: kept in step by the methods below.
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
+        self._hyper: list[dict[str, float] | None] = [None] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
         self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
         self._leaves: dict[tuple[int, int], Leaves] = {}
@@ -135,29 +136,37 @@ class Arena:
         self["lr_factor"][lane] = 1.0
         self["mix"][lane] = 1.0 / self["mix"].shape[1]
         self.host_step[lane], self.host_top_k[lane] = 0, train.top_k
+        self._hyper[lane] = None
         self.set_tree(lane, tree)
 
     def set_hyper(self, lane: int, name: str, value: float) -> None:
         """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
         self[name][lane] = value
+        self._hyper[lane] = None
         if name == "top_k":
             self.host_top_k[lane] = int(value)
             self._forget(lane, self._leaves)
 
     def get_hyper(self, lane: int) -> dict[str, float]:
         """Read the hyper-parameters of a lane."""
-        names = ("lr", "top_k", "cooldown", "exploration")
-        return {name: self[name][lane].item() for name in names}
+        known = self._hyper[lane]
+        if known is None:  # the device is asked once for each change
+            names = ("lr", "top_k", "cooldown", "exploration")
+            known = self._hyper[lane] = {name: self[name][lane].item() for name in names}
+        return dict(known)
 
     def leaves(self, start: int, stop: int) -> Leaves:
         """Return where the drill-down of lanes start..stop can end."""
         if (start, stop) not in self._leaves:
             top_k = self.host_top_k[start:stop]
             new = index_leaves(self.trees[start:stop], top_k, self.device)
-            held = self._leaves_room.setdefault((start, stop, new.chain.shape[2], new.most), new)
-            if held is not new:
-                held.copy_(new)
-            self._leaves[start, stop] = held
+            if self.fixed_room:
+                key = start, stop, new.chain.shape[2], new.most
+                held = self._leaves_room.setdefault(key, new)
+                if held is not new:
+                    held.copy_(new)
+                new = held
+            self._leaves[start, stop] = new
         return self._leaves[start, stop]
 
     def set_tree(self, lane: int, tree: Topology) -> None:
@@ -225,13 +234,22 @@ class Arena:
 
     def copy_lane(self, source: int, *targets: int) -> None:
         """Copy a lane onto others: a fork shares nothing with its parent."""
-        for target in targets:
-            if target != source:
-                for tensor in self.state.values():
+        others = [target for target in targets if target != source]
+        if not others:
+            return
+        first, last = others[0], others[-1]
+        side_by_side = others == list(range(first, last + 1))
+        for tensor in self.state.values():
+            if side_by_side:  # one copy is quicker than many
+                tensor[first : last + 1] = tensor[source]
+            else:
+                for target in others:
                     tensor[target] = tensor[source]
-                self.host_step[target] = self.host_step[source]
-                self.host_top_k[target] = self.host_top_k[source]
-                self.set_tree(target, self.trees[source].copy())
+        for target in others:
+            self.host_step[target] = self.host_step[source]
+            self.host_top_k[target] = self.host_top_k[source]
+            self._hyper[target] = self._hyper[source]
+            self.set_tree(target, self.trees[source].copy())
 
     def read_lane(self, lane: int) -> LaneState:
         """Return a detached copy of a lane."""
@@ -255,6 +273,7 @@ class Arena:
             tensor[lane] = saved.tensors[name].to(self.device)
         self.host_step[lane] = int(saved.tensors["step"])
         self.host_top_k[lane] = int(saved.tensors["top_k"])
+        self._hyper[lane] = None
         self.set_tree(lane, saved.tree.copy())
 
     def hash_lane(self, lane: int) -> str:

@@ -34,6 +34,8 @@ def why_not_add(arena: Arena, lane: int, parent: int) -> str | None:
     reason = tree.why_not_add(parent)
     if reason:
         return reason
+    if all(tree.room_for_copy(child) for child in tree.children(parent)):
+        return None  # without asking the device which one it would be
     source = split_candidate(arena, lane, parent)
     if source is not None and not tree.room_for_copy(source):
         return f"the subtree of {tree.name(source)} does not fit into the free slots (model.spare)"

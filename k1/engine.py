@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -17,19 +15,18 @@ from k1 import records
 from k1.arena import Arena
 from k1.attribution import Selection, SelectionRules, responsibilities, select_paths
 from k1.backend import choose_backend
+from k1.chunks import cut, run_pieces
 from k1.evidence import rotate
 from k1.forward import (
-    LN2,
     Activations,
     Batch,
-    Forest,
     Text,
     forward,
     lane_loss,
     read_text,
-    token_losses,
 )
 from k1.graphs import Side, StepGraphs
+from k1.measure import measure
 from k1.path import PathPass, as_leaf, index_paths
 from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
@@ -39,6 +36,11 @@ from k1.update import Update
 if TYPE_CHECKING:
     from k1.kernels.tree import TreePass
     from k1.kernels.update import FusedUpdate
+
+Factor = Callable[[int], float | Tensor]
+Stretch = tuple[int, int, int, Factor | None]
+"""Lanes start..stop, steps, and the learning-rate factor of each step."""
+RangeWork = Callable[[int, int], None]
 
 
 class Engine:
@@ -68,33 +70,33 @@ class Engine:
         on_gpu = arena.device.type == "cuda"
         self.chunk = lane_chunk or (arena.lanes if on_gpu else 2)
         self.backend = choose_backend(arena.config, arena.device, fused)
-        self._side, self._forward_side, self._inner_side = (Side(arena.device) for _ in range(3))
+        self._side, self._forward_side, self.inner_side = (Side(arena.device) for _ in range(3))
         recorded = on_gpu and self.backend.kernels if graph is None else graph
         self.graphs = StepGraphs(arena.device) if recorded else None
 
-    def _each_chunk(self, start: int, stop: int, work: Callable[[int, int], None]) -> None:
-        """Do work on lanes start..stop, chunk by chunk.
+    def _run(self, jobs: Sequence[tuple[int, int, RangeWork]]) -> list[Exception | None]:
+        """Do each job's work on its lanes start..stop, chunk by chunk; returns the jobs' errors.
 
-        On a CPU the chunks run side by side, a thread each: lanes share nothing, so the result
+        On a CPU all chunks run side by side, a thread each: lanes share nothing, so the result
         does not depend on their timing, and two threads that work alone are much faster than two
         that meet at every small product. (`k1.cli.prepare_torch` gives each product one thread.)
         """
-        chunks = [(i, min(stop, i + self.chunk)) for i in range(start, stop, self.chunk)]
-        if len(chunks) == 1 or self.arena.device.type != "cpu":
-            for low, high in chunks:
-                work(low, high)
-            return
-        self.arena.prepare(chunks)
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for future in [pool.submit(work, low, high) for low, high in chunks]:
-                future.result()
+        chunks = [cut(start, stop, self.chunk) for start, stop, _ in jobs]
+        threads = self.arena.device.type == "cpu"
+        if threads and sum(map(len, chunks)) > 1:
+            self.arena.prepare([chunk for row in chunks for chunk in row])
+        pieces = [
+            [partial(work, low, high) for low, high in row]
+            for row, (_, _, work) in zip(chunks, jobs, strict=True)
+        ]
+        return run_pieces(pieces, threads=threads)
 
     def train(
         self,
         start: int,
         stop: int,
         steps: int,
-        factor: Callable[[int], float] | None = None,
+        factor: Factor | None = None,
     ) -> None:
         """Train lanes start..stop for `steps` steps each.
 
@@ -102,16 +104,35 @@ class Engine:
             start: first lane.
             stop: one past the last lane.
             steps: how many steps.
-            factor: learning-rate factor of step 0, 1, ...; kept as it is by default.
+            factor: learning-rate factor of step 0, 1, ... for all lanes, or, if they are trained in
+                one chunk, for each of them; kept as it is by default.
         """
+        (error,) = self.train_all([(start, stop, steps, factor)])
+        if error is not None:
+            raise error
 
-        def work(low: int, high: int) -> None:
-            for i in range(steps):
-                if factor is not None:
-                    self.arena["lr_factor"][low:high] = factor(i)
-                self.step(low, high)
+    def train_all(self, stretches: Sequence[Stretch]) -> list[Exception | None]:
+        """Train ranges that share no lane, each as `train` does, side by side on a CPU.
 
-        self._each_chunk(start, stop, work)
+        Args:
+            stretches: what `train` takes, for each range.
+
+        Returns:
+            For each range, the error that ended it, or None.
+        """
+        jobs: list[tuple[int, int, RangeWork]] = []
+        for start, stop, steps, factor in stretches:
+
+            def work(
+                low: int, high: int, steps: int = steps, factor: Factor | None = factor
+            ) -> None:
+                for i in range(steps):
+                    if factor is not None:
+                        self.arena["lr_factor"][low:high] = factor(i)
+                    self.step(low, high)
+
+            jobs.append((start, stop, work))
+        return self._run(jobs)
 
     def step(self, start: int, stop: int, batch: Batch | None = None) -> StepResult:
         """Make one training step in lanes start..stop.
@@ -184,7 +205,7 @@ class Engine:
 
             forest = a.forest(start, stop)
             table = all_blocks(forest, a.leaves(start, stop))
-            done = TreePass(forest, batch, text, self._inner_side).run(table)
+            done = TreePass(forest, batch, text, self.inner_side).run(table)
             found = done.gradients()
             measured = table.norms(found.squares)
             by_row = [(table.row, found.by_row)]
@@ -203,7 +224,7 @@ class Engine:
 
         forest = self.arena.forest(start, stop)
         table = all_blocks(forest, self.arena.leaves(start, stop))
-        done = TreePass(forest, batch, text, self._inner_side, shared=False).run(table)
+        done = TreePass(forest, batch, text, self.inner_side, shared=False).run(table)
         return table.norms(done.squares())
 
     def _full(self, start: int, stop: int, batch: Batch, text: Text) -> StepResult:
@@ -344,39 +365,36 @@ class Engine:
 
     def bits_per_byte(self, start: int, stop: int, batch: Batch) -> Tensor:
         """Bits per byte of lanes start..stop on a batch [L or 1, B, T]: float64 [L]."""
-        out = torch.zeros(stop - start, dtype=torch.float64, device=self.arena.device)
+        (result,) = self.bits_per_byte_all([(start, stop, batch)])
+        if isinstance(result, Tensor):
+            return result
+        raise result
 
-        def work(low: int, high: int) -> None:
-            part = slice(low - start, high - start)
-            shared = batch.inputs.shape[0] == 1
-            own = batch.map(partial(_repeat, lanes=high - low) if shared else itemgetter(part))
-            out[part] = self._measure(low, high, own)
+    def bits_per_byte_all(
+        self, ranges: Sequence[tuple[int, int, Batch]]
+    ) -> list[Tensor | Exception]:
+        """Measure ranges of lanes, each as `bits_per_byte` does, side by side on a CPU.
 
-        self._each_chunk(start, stop, work)
-        return out
+        Returns:
+            For each range, its bits per byte, or the error that came instead.
+        """
+        found: list[Tensor | Exception] = []
+        jobs: list[tuple[int, int, RangeWork]] = []
+        for start, stop, batch in ranges:
+            out = torch.zeros(stop - start, dtype=torch.float64, device=self.arena.device)
 
-    @torch.no_grad()
-    def _measure(self, start: int, stop: int, batch: Batch) -> Tensor:
-        a, size = self.arena, self.arena.config.train.batch
-        forest = a.forest(start, stop)
-        pieces = forest.shared_layout.unpack(forest.shared)
-        nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=a.device)
-        for first in range(0, batch.inputs.shape[1], size):
-            part = batch.map(itemgetter((slice(None), slice(first, first + size))))
-            nats += token_losses(pieces, self._output(forest, part), part.targets).double().sum(1)
-            length += self.store.bytes_in(part.targets)
-        return nats / LN2 / length
+            def work(
+                low: int, high: int, start: int = start, batch: Batch = batch, out: Tensor = out
+            ) -> None:
+                part = slice(low - start, high - start)
+                shared = batch.inputs.shape[0] == 1
+                own = batch.map(partial(_repeat, lanes=high - low) if shared else itemgetter(part))
+                out[part] = measure(self, low, high, own)
 
-    def _output(self, forest: Forest, batch: Batch) -> Tensor:
-        """The trees' outputs [L, N, d] on a batch."""
-        text = read_text(batch, forest.config)
-        if self.backend.fused:
-            from k1.kernels.tree import TreePass
-
-            done = TreePass(forest, batch, text, self._inner_side, shared=False)
-            return done.run().values.output
-        weights, router = forest.weights(), forest.router
-        return forward(weights, router, forest.levels, batch, text, forest.config).output
+            found.append(out)
+            jobs.append((start, stop, work))
+        errors = self._run(jobs)
+        return [out if error is None else error for out, error in zip(found, errors, strict=True)]
 
 
 def _repeat(tensor: Tensor, lanes: int) -> Tensor:

@@ -40,6 +40,7 @@ class TokenStore:
         self.extent = torch.tensor(table, dtype=torch.int64).view(shape)
         self.extent_on_device = self.extent.to(device)
         self.token_bytes = data.token_bytes.to(device)
+        self._mean_token_bytes: float | None = None
 
     def _windows(self, start: Tensor, domain: Tensor) -> Batch:
         """Cut windows at absolute positions: start, domain int64 [L, B]."""
@@ -80,10 +81,13 @@ class TokenStore:
 
     def mean_token_bytes(self) -> float:
         """UTF-8 bytes that a token of the training text stands for, on average."""
-        train = self.extent[POOLS.index("train")]  # the pools lie one after another
-        first, last = int(train[0, 0]), int(train[-1].sum())
-        used = torch.bincount(self.tokens[first:last].long(), minlength=len(self.token_bytes))
-        return float((used * self.token_bytes).sum() / used.sum())
+        if self._mean_token_bytes is None:
+            train = self.extent[POOLS.index("train")]  # the pools lie one after another
+            first, last = int(train[0, 0]), int(train[-1].sum())
+            size = len(self.token_bytes)
+            used = torch.bincount(self.tokens[first:last].long(), minlength=size)
+            self._mean_token_bytes = float((used * self.token_bytes).sum() / used.sum())
+        return self._mean_token_bytes
 
     def bytes_in(self, targets: Tensor) -> Tensor:
         """UTF-8 bytes of target tokens [L, B, T]: float64 [L]."""

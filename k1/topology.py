@@ -44,6 +44,7 @@ class Topology:
         self.blocks: dict[int, Block] = {ROOT_SLOT: Block(ROOT_SLOT, 0, -1, 0, 0, 1)}
         self.next_id = 1
         self.born = [1] + [0] * (len(capacity) - 1)
+        self._by_parent: dict[int, list[Block]] | None = None
 
     @classmethod
     def full(
@@ -71,7 +72,11 @@ class Topology:
         return [b.slot for b in sorted(self._children(slot), key=lambda b: b.rank)]
 
     def _children(self, slot: int) -> list[Block]:
-        return [block for block in self.blocks.values() if block.parent == slot]
+        if self._by_parent is None:
+            self._by_parent = {}
+            for block in self.blocks.values():
+                self._by_parent.setdefault(block.parent, []).append(block)
+        return self._by_parent.get(slot, [])
 
     def is_leaf(self, slot: int) -> bool:
         """Whether the block has no children."""
@@ -150,6 +155,7 @@ class Topology:
         rank = min(set(range(self.max_children)) - used)
         self.born[level] += 1
         self.blocks[slot] = Block(slot, self.next_id, parent, rank, level, self.born[level])
+        self._by_parent = None
         self.next_id += 1
         return slot
 
@@ -182,6 +188,7 @@ class Topology:
                 self.blocks[new] = Block(
                     new, block.id, block.parent, old.rank, block.level, block.ordinal
                 )
+                self._by_parent = None
             made[slot] = new
         return made
 
@@ -197,6 +204,7 @@ class Topology:
         freed = self.subtree(slot)
         for gone in freed:
             del self.blocks[gone]
+        self._by_parent = None
         return freed
 
     def copy(self) -> Topology:
@@ -220,6 +228,7 @@ class Topology:
     def load_dict(self, data: dict[str, Any]) -> None:
         """Take over what `to_dict` wrote for the same capacities."""
         self.blocks = {row[0]: Block(*row) for row in data["blocks"]}
+        self._by_parent = None
         self.next_id, self.born = data["next_id"], list(data["born"])
 
 

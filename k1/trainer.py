@@ -67,7 +67,8 @@ def pick_device(name: str) -> torch.device:
 class Trainer:
     """A K-1 system on its text.
 
-    Lane 0 of the arena is the system itself; further lanes are room for trials.
+    One lane of the arena (0, unless `at` chose another) is the system itself; further lanes are
+    room for trials, or other systems.
     """
 
     def __init__(
@@ -92,35 +93,42 @@ class Trainer:
             DataError: if a pool of a domain is too short for one window.
         """
         self.config, self.data, self.seed = config, data, seed
-        self.device = torch.device(device)
+        self.device, self.lane = torch.device(device), 0
         self.store = TokenStore(data, config.model.context, self.device)
         self.arena = Arena(config, data.vocab_size, len(data.domains), lanes, self.device)
         self.engine = Engine(self.arena, self.store)
         self.arena.reset_lane(0, seed)
 
+    def at(self, lane: int) -> Trainer:
+        """Return the system in another lane of the same arena."""
+        other = Trainer.__new__(Trainer)
+        other.__dict__.update(self.__dict__)
+        other.lane = lane
+        return other
+
     @property
     def tree(self) -> Topology:
         """The tree of the system."""
-        return self.arena.trees[0]
+        return self.arena.trees[self.lane]
 
     @property
     def steps(self) -> int:
         """Training steps made."""
-        return self.arena.host_step[0]
+        return self.arena.host_step[self.lane]
 
     def step(self) -> StepReport:
         """Make one training step and report it."""
-        return self.report(self.engine.step(0, 1))
+        return self.report(self.engine.step(self.lane, self.lane + 1))
 
     def train(self, steps: int) -> None:
         """Make training steps without reports, which spares the device a wait per step."""
-        self.engine.train(0, 1, steps)
+        self.engine.train(self.lane, self.lane + 1, steps)
 
     def report(self, result: StepResult) -> StepReport:
         """Describe a step's result for people."""
         tree, arena = self.tree, self.arena
         scale = result.selection.scale[0].tolist()
-        measured = arena["responsibility"][0].tolist()
+        measured = arena["responsibility"][self.lane].tolist()
         culprits = [s for s in result.selection.culprits[0].tolist() if s >= 0]
         skipped = bool(result.skipped[0])
         updated = {} if skipped else {s: scale[s] for s in sorted(tree.blocks) if scale[s] > 0}
@@ -150,7 +158,7 @@ class Trainer:
         if unknown or not total > 0 or min(shares.values()) < 0:
             raise ConfigError(f"impossible mix {shares}: domains are {self.data.domains}")
         row = [shares.get(domain, 0.0) / total for domain in self.data.domains]
-        self.arena["mix"][0] = torch.tensor(row, device=self.device)
+        self.arena["mix"][self.lane] = torch.tensor(row, device=self.device)
 
     def evaluate(
         self, split: str = "validation", domains: tuple[str, ...] | None = None
@@ -159,7 +167,8 @@ class Trainer:
         result = {}
         for domain in domains or self.data.domains:
             batch = self.store.spread(split, domain, self.config.train.eval_windows)
-            result[domain] = float(self.engine.bits_per_byte(0, 1, batch)[0])
+            bits = self.engine.bits_per_byte(self.lane, self.lane + 1, batch)
+            result[domain] = float(bits[0])
         return result
 
     @torch.no_grad()
@@ -167,8 +176,9 @@ class Trainer:
         """Next-token logits [B, T, vocabulary] of token windows int64 [B, T]."""
         inputs = tokens.to(self.device)[None]
         batch = Batch(inputs, inputs, torch.zeros_like(inputs, dtype=torch.bool), inputs[..., 0])
-        weights, text = self.arena.weights(0, 1), read_text(batch, self.config)
-        router, levels = self.arena.router(0, 1), self.arena.index(0, 1)
+        start, stop = self.lane, self.lane + 1
+        weights, text = self.arena.weights(start, stop), read_text(batch, self.config)
+        router, levels = self.arena.router(start, stop), self.arena.index(start, stop)
         done = forward(weights, router, levels, batch, text, self.config)
         return logits(weights, done.output.float())[0].view(*tokens.shape, -1)
 
@@ -178,7 +188,7 @@ class Trainer:
         Raises:
             TopologyError: if there is no such block or no room.
         """
-        slot = edits.add_agent(self.arena, 0, self.tree.slot_of(parent))
+        slot = edits.add_agent(self.arena, self.lane, self.tree.slot_of(parent))
         return self.tree.blocks[slot].id
 
     def delete_agent(self, block_id: int) -> None:
@@ -187,26 +197,26 @@ class Trainer:
         Raises:
             TopologyError: for the root or an unknown id.
         """
-        edits.delete_agent(self.arena, 0, self.tree.slot_of(block_id))
+        edits.delete_agent(self.arena, self.lane, self.tree.slot_of(block_id))
 
     def prune(self, fraction: float) -> list[int]:
         """Delete a fraction of the agents, least responsible first; returns their ids."""
-        return edits.prune(self.arena, 0, fraction)
+        return edits.prune(self.arena, self.lane, fraction)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all parameters: `block.<id>.<name>` and `shared.<name>`."""
         result = {}
         for slot, block in sorted(self.tree.blocks.items()):
-            row = self.arena["weight"][0, slot]
+            row = self.arena["weight"][self.lane, slot]
             for name, piece in self.arena.block_layout.unpack(row).items():
                 result[f"block.{block.id}.{name}"] = piece.clone()
-        for name, piece in self.arena.shared_layout.unpack(self.arena["shared"][0]).items():
+        for name, piece in self.arena.shared_layout.unpack(self.arena["shared"][self.lane]).items():
             result[f"shared.{name}"] = piece.clone()
         return result
 
     def state_hash(self) -> str:
         """SHA-256 of everything that the system consists of."""
-        return self.arena.hash_lane(0)
+        return self.arena.hash_lane(self.lane)
 
     def fork(self) -> Trainer:
         """Return an independent copy."""
@@ -215,13 +225,14 @@ class Trainer:
         twin.arena = Arena(
             self.config, self.data.vocab_size, len(self.data.domains), 1, self.device
         )
-        twin.arena.write_lane(0, self.arena.read_lane(0))
+        twin.lane = 0
+        twin.arena.write_lane(0, self.arena.read_lane(self.lane))
         twin.engine = Engine(twin.arena, self.store)
         return twin
 
     def save(self, folder: str | Path) -> Path:
         """Save the complete state as a checkpoint folder."""
-        lane = self.arena.read_lane(0)
+        lane = self.arena.read_lane(self.lane)
         return save_checkpoint(Path(folder), lane.tensors, self.describe(), kind=CHECKPOINT_KIND)
 
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import numpy as np
 from gymnasium import spaces
 
 from k1.arena import LaneState
-from k1.config import ModelConfig
-from k1.data import TextData, load_data
-from k1.errors import CheckpointError, K1Error
-from k1.trainer import Trainer, pick_device
+from k1.data import TextData
+from k1.errors import K1Error
 from k1env.instances import Instance
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
-from k1env.session import Session
+from k1env.schedule import Task
+from k1env.session import Seat, Session
 from k1env.settings import DEFAULT_INSTANCE, Settings
-from k1env.world import text_of, with_room
+from k1env.setup import Setup, set_up
 
 Observation = dict[str, np.ndarray]
 StepReturn = tuple[Observation, float, bool, bool, dict[str, Any]]
@@ -118,45 +116,41 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             known = ", ".join(self.metadata["render_modes"])
             raise K1Error(f"unknown render_mode {render_mode!r}: choose one of {known}")
-        self.settings = config if config is not None else Settings.preset(preset)
-        if isinstance(instance, str):
-            self.settings = replace(self.settings, instance=instance)
-        self._instance = self.settings.instance if instance is None else instance
-        if self._instance != DEFAULT_INSTANCE:
-            if start is not None:
-                raise K1Error("an instance starts with a tree of its own: give start or instance")
-            self.settings = with_room(self.settings)
-        if isinstance(data, TextData):
-            self.data = data
-        else:
-            source = data if data is not None else text_of(self._instance, self.settings)
-            fields = self.settings.system.data
-            self.data = load_data(
-                source,
-                tokenizer=fields.tokenizer,
-                vocab_size=fields.vocab_size,
-                max_bytes=fields.max_bytes,
-            )
-        self.device = pick_device(device)
-        self.render_mode = render_mode
-        self._start = None
-        if start is not None:
-            trainer = Trainer.load(start, self.data)
-            if config is None:  # a preset leaves open how siblings are mixed
-                router = trainer.config.model.router
-                system = self.settings.system.replace(model={"router": router})
-                self.settings = replace(self.settings, system=system)
-            _check_fit(start, trainer.config.model, self.settings.system.model)
-            self._start = trainer.arena.read_lane(0)
-        self._ledger = ledger
+        setup = set_up(
+            preset, data=data, config=config, start=start, device=device, instance=instance
+        )
+        self._furnish(setup, ledger, render_mode)
+
+    def _furnish(
+        self,
+        setup: Setup,
+        ledger: LedgerLike | None,
+        render_mode: str | None = None,
+        seat: Seat | None = None,
+    ) -> None:
+        self.settings, self.data = setup.settings, setup.data
+        self.device, self._start, self._instance = setup.device, setup.start, setup.instance
+        self.render_mode, self._ledger = render_mode, ledger
         self._trained: dict[tuple[int, Instance | None], LaneState] = {}
         self._before: tuple[Any, Any] | None = None
-        self.session = self._new_session(0)
+        self._can_undo = seat is None
+        self.session = self._new_session(0, seat)
         slots = self.session.arena.scratch
         self.observation_space = observation_space(slots, self.session.worlds.rows)
         self.action_space = spaces.Discrete(len(self.session.table))
 
-    def _new_session(self, seed: int) -> Session:
+    @classmethod
+    def seated(cls, setup: Setup, seat: Seat, ledger: LedgerLike) -> Phase2Env:
+        """Make an environment that lives in an arena among others.
+
+        It has the same episodes as one by itself. It keeps no copies of its system, which would
+        cost as much memory as the system: `undo` is not to be had.
+        """
+        env = cls.__new__(cls)
+        env._furnish(setup, ledger, seat=seat)
+        return env
+
+    def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
         return Session(
             self.settings,
             self.data,
@@ -165,6 +159,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             ledger=self._ledger,
             start=self._start,
             instance=self._instance,
+            seat=seat,
         )
 
     @property
@@ -189,17 +184,23 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         Raises:
             ConfigError: if the instance in the options does not exist, or does not fit.
         """
+        return self.session.scheduler.run([self.reset_task(seed, options)])[0]
+
+    def reset_task(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> Task[tuple[Observation, dict[str, Any]]]:
+        """Do what `reset` does, as a task."""
         super().reset(seed=seed)
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
         self.session.rebind(drawn, (options or {}).get("instance"))
         start = (drawn, self.session.world.instance)
         self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
-        self.session.begin()
-        if self._start is None and start not in self._trained:
+        yield from self.session.begin_task()
+        trained = self.session.trained
+        if self._start is None and trained is not None and start not in self._trained:
             while len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
-            assert self.session.trained is not None
-            self._trained[start] = self.session.trained
+            self._trained[start] = trained
         self._before = None
         return self.observe()
 
@@ -210,11 +211,15 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             ActionError: if the action is no integer or not in the table.
             K1Error: if the episode is over.
         """
+        return self.session.scheduler.run([self.step_task(action)])[0]
+
+    def step_task(self, action: int | np.integer) -> Task[StepReturn]:
+        """Do what `step` does, as a task."""
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
         index = self.session.moves.look_up(action).index
-        self._before = self.session.snapshot()
-        outcome = self.session.act(index)
+        self._before = self.session.snapshot() if self._can_undo else None
+        outcome = yield from self.session.act_task(index)
         price = self.settings.compute_price * outcome.spent / self.settings.interval
         reward = float(self.settings.reward_scale * outcome.fall - price)
         ended = self.session.finished
@@ -229,18 +234,18 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         return observe(self.session, self.session.last), self._info()
 
     def _info(self) -> dict[str, Any]:
-        session, last = self.session, self.session.last
+        session, last, possible = self.session, self.session.last, self.action_masks()
         refused = bool(last and last.refused)
         impossible = bool(last and last.impossible)
         return {
-            "action_mask": self.action_masks(),
-            "permitted_mask": self.permitted_mask(),
+            "action_mask": possible,
+            "permitted_mask": self._permitted(possible),
             "stage": session.boundary.stage,
             "evidence": float(session.boundary.evidence),
             "decision": session.decision,
             "bits_per_byte": dict(session.bits),
             "seen": list(session.seen),
-            "hyper": session.arena.get_hyper(0),
+            "hyper": session.arena.get_hyper(session.main),
             "cost": float(refused or impossible),
             "cost_components": {"refused": float(refused), "impossible": float(impossible)},
             "name": last.name if last else "",
@@ -258,14 +263,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     def permitted_mask(self) -> np.ndarray:
         """Which possible actions the present stage permits: int8, one entry per action."""
-        session = self.session
-        return np.array(
-            [
-                session.possible(a) and session.boundary.rule(session.moves.request(a)).permitted
-                for a in session.table
-            ],
-            dtype=np.int8,
-        )
+        return self._permitted(self.action_masks())
+
+    def _permitted(self, possible: np.ndarray) -> np.ndarray:
+        boundary, moves = self.session.boundary, self.session.moves
+        mask = possible.copy()
+        for index in np.flatnonzero(possible):
+            mask[index] = boundary.rule(moves.request(moves.table[index])).permitted
+        return mask
 
     # -- looking ahead and back --------------------------------------------------------------------
 
@@ -278,6 +283,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         twin = Phase2Env.__new__(Phase2Env)
         twin.__dict__.update(self.__dict__)
         twin._ledger, twin._trained = None, dict(self._trained)
+        twin._before, twin._can_undo = None, True
         twin._np_random, twin.render_mode = None, None
         twin.action_space = copy.deepcopy(self.action_space)
         twin.observation_space = copy.deepcopy(self.observation_space)
@@ -332,17 +338,3 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
         Console().print(render.panel(self.session))
         return None
-
-
-def _check_fit(folder: str | Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """See that a checkpoint is of the model that the settings describe.
-
-    Raises:
-        CheckpointError: if not.
-    """
-    for name, value in asdict(ours).items():
-        if getattr(theirs, name) != value:
-            raise CheckpointError(
-                f"{folder} does not fit: its model.{name} is {getattr(theirs, name)}, "
-                f"not {value}; use the preset that it was made with"
-            )

@@ -22,11 +22,14 @@ from k1.arena import LaneState
 from k1.engine import Engine
 from k1.errors import ConfigError
 from k1.rng import derive_seed
+from k1env.schedule import Scheduler, Score, Separate, Task, Train
 
 CONTROL, CHEAT, SHADOW = "control", "cheat", "shadow"
 MAIN, SHADOW_LANE, FIRST_TRIAL_LANE = 0, 1, 2
-"""Lanes of a session: the system, its shadow, and the first of those for trials."""
+"""Lanes of a session by itself: the system, its shadow, and the first of those for trials."""
 Scores = dict[str, list[float]]
+Change = Callable[[int], None]
+"""Changes a lane."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,20 @@ class Gate:
         self.adopted: dict[str, LaneState] = {}
 
     @staticmethod
-    def lanes_needed(config: GateConfig) -> int:
-        """Lanes that a trial with a shadow uses at once."""
-        return 3 * max(config.early, config.group)
+    def lanes_needed(config: GateConfig, arms: int = 3) -> int:
+        """Lanes that a trial uses at once: one with a shadow has three arms, else there are two."""
+        return arms * max(config.early, config.group)
 
-    def run(
+    def run(self, main: int, shadow: int | None, change: Change, **more: Any) -> TrialResult:
+        """Try a change at once, in lanes `first`, `first` + 1, ...; see `trial`."""
+        scheduler = Scheduler(Separate(self.engine), range(0))
+        return scheduler.run([self.trial(main, shadow, change, **more)])[0]
+
+    def trial(
         self,
         main: int,
         shadow: int | None,
-        change: Callable[[int], None],
+        change: Change,
         *,
         seed: int,
         mix: Sequence[float],
@@ -163,8 +171,8 @@ class Gate:
         stop: bool = False,
         own_stream: bool = True,
         progress: Callable[[int, int], None] | None = None,
-    ) -> TrialResult:
-        """Try a change; lanes `main` and `shadow` are left as they are.
+    ) -> Task[TrialResult]:
+        """Try a change in lanes `first`, ...; lanes `main` and `shadow` are left as they are.
 
         The first seed's twins go on with the main lane's own stream of batches. Their states after
         the horizon, before annealing, are kept in `adopted`, so that the caller can go on from
@@ -195,18 +203,20 @@ class Gate:
         while done < config.seeds:
             size = min(config.group if done else config.early, config.seeds - done)
             lanes = {arm: self.first + i * size for i, arm in enumerate(arms)}
+            for arm in arms:
+                source = shadow if arm == SHADOW and shadow is not None else main
+                arena.copy_lane(source, *range(lanes[arm], lanes[arm] + size))
             for i in range(size):
                 for arm in arms:
-                    source = shadow if arm == SHADOW and shadow is not None else main
-                    arena.copy_lane(source, lanes[arm] + i)
                     if done + i or not own_stream:
                         fresh = derive_seed("trial", seed, done + i)
                         arena["data_seed"][lanes[arm] + i] = fresh
                 change(lanes[CHEAT] + i)
                 self._check_twins([lanes[arm] + i for arm in arms])
                 streams.append(self._stream_digest(lanes[CONTROL] + i))
-            lane_steps += self._train(arms, lanes, size, keep=done == 0, stop=stop)
-            group_windows, group_scores = self._score(arms, lanes, size, done, seed, mix, price)
+            lane_steps += yield from self._train(arms, lanes, size, keep=done == 0, stop=stop)
+            scoring = self._score(arms, lanes, size, done, seed, mix, price)
+            group_windows, group_scores = yield from scoring
             windows += group_windows
             for arm in arms:
                 scores[arm] += group_scores[arm]
@@ -238,15 +248,15 @@ class Gate:
 
     def _train(
         self, arms: list[str], lanes: dict[str, int], size: int, *, keep: bool, stop: bool
-    ) -> int:
+    ) -> Task[int]:
         """Train all arms of a group; returns the lane steps spent."""
         config, arena = self.config, self.engine.arena
         low, high = self.first, self.first + len(arms) * size
         trained = high - low - size if stop else high - low  # what stops skips the horizon
-        self.engine.train(low, low + trained, config.horizon)
+        yield Train(tuple(range(low, low + trained)), config.horizon)
         if keep:
             self.adopted = {arm: arena.read_lane(lanes[arm]) for arm in arms}
-        self.engine.train(low, high, config.anneal, lambda i: 1.0 - i / config.anneal)
+        yield Train(tuple(range(low, high)), config.anneal, anneal=True)
         return trained * config.horizon + (high - low) * config.anneal
 
     def _score(
@@ -258,7 +268,7 @@ class Gate:
         seed: int,
         mix: Sequence[float],
         price: Callable[[int], float],
-    ) -> tuple[list[str], Scores]:
+    ) -> Task[tuple[list[str], Scores]]:
         """Score all arms of a group on fresh windows, the same ones for each seed's arms.
 
         Returns:
@@ -280,8 +290,8 @@ class Gate:
         ]
         every_arm = batch.map(lambda t: t.repeat(len(arms), *[1] * (t.dim() - 1)))
         stop = self.first + len(arms) * size
-        loss = engine.bits_per_byte(self.first, stop, every_arm).tolist()
-        loss = [x + price(self.first + i) for i, x in enumerate(loss)]
+        bits = yield Score(self.first, stop, every_arm)
+        loss = [x + price(self.first + i) for i, x in enumerate(bits)]
         scores = {arm: loss[i * size : (i + 1) * size] for i, arm in enumerate(arms)}
         return digests, scores
 

@@ -65,11 +65,11 @@ class Moves:
 
     def why_impossible(self, action: Action, boundary: Boundary) -> str | None:
         """Say why an action cannot be done at all, whatever is permitted; None if it can."""
-        hard, request = boundary.hard, self.request(action)
         if action.kind == actions.ADD:
             return edits.why_not_add(self.arena, self.lane, action.slot)
         if action.kind == actions.DELETE and action.slot not in self._tree.blocks:
             return f"slot {action.slot} holds no block"
+        hard, request = boundary.hard, self.request(action)
         fewest = hard.min_agents
         if action.kind in (actions.DELETE, actions.PRUNE) and request.agents_after < fewest:
             return f"the hard limit keeps at least {fewest} agents"

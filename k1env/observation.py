@@ -12,7 +12,6 @@ import numpy as np
 from gymnasium import spaces
 
 from k1env.boundary import EVIDENCE_TO_ADVANCE
-from k1env.gate import MAIN
 from k1env.outcome import Outcome
 from k1env.session import Session
 
@@ -93,10 +92,10 @@ def _system(session: Session, last: Outcome | None) -> list[float]:
     step = max(1, session.trainer.steps)
     seen = [session.bits[d] for d in session.seen]
     return [
-        float(arena["loss"][MAIN]) / math.log(2) / session.bytes_per_token / MOST_BITS,
+        float(arena["loss"][session.main]) / math.log(2) / session.bytes_per_token / MOST_BITS,
         sum(seen) / len(seen) / MOST_BITS,
         math.tanh(10 * last.fall) if last else 0.0,
-        float(arena["skipped"][MAIN]) / step,
+        float(arena["skipped"][session.main]) / step,
         session.spent / settings.budget,
         session.decision / settings.max_decisions,
         session.world.into_phase(session.decision) / settings.phase_decisions,
@@ -106,7 +105,7 @@ def _system(session: Session, last: Outcome | None) -> list[float]:
 
 def _hyper(session: Session) -> list[float]:
     """Each hyper-parameter's place within the present bounds, then within the hard limits."""
-    values = session.arena.get_hyper(MAIN)
+    values = session.arena.get_hyper(session.main)
     places = []
     for bounds in (session.boundary.bounds, session.boundary.hard):
         for name in HYPER_FIELDS:
@@ -135,7 +134,7 @@ def _agents(session: Session) -> np.ndarray:
     table = np.zeros((arena.scratch - 1, len(AGENT_FIELDS)))
     step = max(1, session.trainer.steps)
     names = ("born", "mean_responsibility", "updates", "last_update")
-    born, mean, updates, last = (arena[n][MAIN].cpu().numpy() for n in names)
+    born, mean, updates, last = (arena[n][session.main].cpu().numpy() for n in names)
     most = max((float(mean[s]) for s in tree.blocks if s), default=0.0) or 1.0
     deepest = max(1, len(tree.capacity) - 1)
     parents = {block.parent for block in tree.blocks.values()}

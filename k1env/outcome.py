@@ -27,6 +27,16 @@ class MemoryLedger:
         self.entries.append((kind, data))
 
 
+class Unlogged:
+    """A ledger for those who need none: nothing is kept, and no state is hashed for it."""
+
+    def append(self, kind: str, /, **data: Any) -> None:
+        """Forget an entry."""
+
+
+UNLOGGED = Unlogged()
+
+
 @dataclass
 class Outcome:
     """What came of one decision."""

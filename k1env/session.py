@@ -6,10 +6,9 @@ against divergence, evaluate, log the outcome.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +16,19 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.data import TextData
-from k1.durable import canonical_json
 from k1.flops import step_flops
 from k1.rng import derive_seed
 from k1.topology import Topology
 from k1.trainer import Trainer
 from k1env import actions
+from k1env.accounts import (
+    log_end,
+    log_outcome,
+    log_start,
+    summarize,
+    try_entry,
+    verdict_on_cheat,
+)
 from k1env.actions import Action
 from k1env.autonomy import Autonomy, Benchmark, Goal
 from k1env.boundary import Boundary, Request, Ruling, hard_limits
@@ -40,6 +46,7 @@ from k1env.guard import DivergenceGuard
 from k1env.instances import Instance
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
+from k1env.schedule import Claim, Evaluate, Scheduler, Separate, Task, Train
 from k1env.settings import Settings
 from k1env.snapshot import restore_snapshot, take_snapshot
 from k1env.world import Worlds
@@ -47,8 +54,25 @@ from k1env.world import Worlds
 BUDGET_SPENT, ALL_DECISIONS = "compute budget spent", "all decisions made"
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a session lives among others."""
+
+    trainer: Trainer
+    """The system, in a lane of the arena that all share."""
+    shadow: int
+    """Lane of its shadow."""
+    scheduler: Scheduler
+    """Runs the session's tasks, and has the lanes for trials."""
+
+
 class Session:
-    """One run of Phase 2. Lane 0 is the system, lane 1 its shadow, the others are for trials."""
+    """One run of Phase 2.
+
+    By itself it has an arena of its own: lane 0 is the system, lane 1 its shadow, the others are
+    for trials. With a `Seat` it shares one with other sessions. What takes time is a task
+    (`begin_task`, `act_task`), so that many sessions can go on together (`k1env.schedule`).
+    """
 
     def __init__(
         self,
@@ -60,6 +84,7 @@ class Session:
         ledger: LedgerLike | None = None,
         start: LaneState | None = None,
         instance: Instance | str | None = None,
+        seat: Seat | None = None,
     ) -> None:
         """Set the world up; `begin` runs Phase 1 and starts Phase 2.
 
@@ -71,25 +96,33 @@ class Session:
             ledger: where decisions are logged.
             start: a trained system to start from, in place of Phase 1.
             instance: the world, in place of `settings.instance` (see `Worlds`).
+            seat: where to live among other sessions; by itself by default.
         """
         self.data, self.seed = data, seed
         self.worlds = Worlds(settings, data.domains, instance)
         self.ledger: LedgerLike = ledger if ledger is not None else MemoryLedger()
         self.start = start
-        lanes = FIRST_TRIAL_LANE + Gate.lanes_needed(settings.gate)
-        self.trainer = Trainer(settings.system, data, seed=seed, device=device, lanes=lanes)
+        alone = seat is None
+        if seat is None:
+            lanes = FIRST_TRIAL_LANE + Gate.lanes_needed(settings.gate)
+            trainer = Trainer(settings.system, data, seed=seed, device=device, lanes=lanes)
+            scheduler = Scheduler(Separate(trainer.engine), range(FIRST_TRIAL_LANE, lanes))
+            seat = Seat(trainer.at(MAIN), SHADOW_LANE, scheduler)
+        self.trainer, self.shadow, self.scheduler = seat.trainer, seat.shadow, seat.scheduler
+        self.main = self.trainer.lane
         self.arena, self.engine = self.trainer.arena, self.trainer.engine
         self.gate = Gate(self.engine, FIRST_TRIAL_LANE, settings.gate)
-        self.moves = Moves(self.arena, MAIN)
+        self.moves = Moves(self.arena, self.main)
         self.table = self.moves.table
-        self.guard = DivergenceGuard(self.arena, MAIN, settings.divergence)
+        self.guard = DivergenceGuard(self.arena, self.main, settings.divergence)
         self.notify: Callable[..., None] = lambda kind, **data: None
         """Called with ("phase1" | "train" | "trial", done=..., total=...) as work goes on."""
         self.salt = ""
         """Set in a fork, whose trials must not tell how those of this session will end."""
         self.bytes_per_token = float(self.trainer.store.mean_token_bytes())
+        self.keeps_trained = alone
         self.trained: LaneState | None = None
-        """The system as Phase 1 left it."""
+        """The system as Phase 1 left it, if it is kept."""
         self.rebind(seed)
 
     def rebind(self, seed: int, instance: Instance | str | None = None) -> None:
@@ -107,7 +140,6 @@ class Session:
     def _clear(self) -> None:
         capacity = self.arena.scratch - 1
         self.guard.reset()
-        self.engine.mode = self.settings.system.update.mode
         self.boundary = Boundary(hard_limits(capacity))
         self.boundary.history.append(
             {"stage": 1, "decision": 0, "attempted": 0, "accepted": 0, "evidence": 1.0}
@@ -132,7 +164,7 @@ class Session:
     @property
     def tree(self) -> Topology:
         """The system's tree."""
-        return self.arena.trees[MAIN]
+        return self.arena.trees[self.main]
 
     @property
     def seen(self) -> tuple[str, ...]:
@@ -155,41 +187,37 @@ class Session:
 
     def begin(self) -> None:
         """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
+        self.scheduler.run([self.begin_task()])
+
+    def begin_task(self) -> Task[None]:
+        """Do what `begin` does, as a task."""
         self._clear()
         train = self.settings.system.train
         if self.start is not None:
-            self.arena.write_lane(MAIN, self.start)
+            self.arena.write_lane(self.main, self.start)
         else:
-            self.arena.reset_lane(MAIN, self.world.seed, self.world.branching)
-            self.arena.set_hyper(MAIN, "lr", self.settings.phase1_lr)
+            self.arena.reset_lane(self.main, self.world.seed, self.world.branching)
+            for name in ("cooldown", "top_k", "exploration"):
+                self.arena.set_hyper(self.main, name, getattr(train, name))
+            self.arena.set_hyper(self.main, "lr", self.settings.phase1_lr)
             self.trainer.set_mix(self.world.mix(0))
-            self.engine.mode = self.settings.phase1_mode
-            total, chunk = self.settings.phase1_steps, 20
+            total, chunk, mode = self.settings.phase1_steps, 20, self.settings.phase1_mode
             for done in range(0, total, chunk):
                 self.notify("phase1", done=done, total=total)
-                self.engine.train(MAIN, MAIN + 1, min(chunk, total - done))
+                steps = min(chunk, total - done)
+                yield Train((self.main,), steps, mode=mode)
             self.notify("phase1", done=total, total=total)
-            self.engine.mode = self.settings.system.update.mode
-        self.trained = self.arena.read_lane(MAIN)
+        self.trained = self.arena.read_lane(self.main) if self.keeps_trained else None
         for name in ("lr", "cooldown", "top_k", "exploration"):
-            self.arena.set_hyper(MAIN, name, getattr(train, name))
-        self.arena["data_seed"][MAIN] = derive_seed("phase 2", self.world.seed)
+            self.arena.set_hyper(self.main, name, getattr(train, name))
+        self.arena["data_seed"][self.main] = derive_seed("phase 2", self.world.seed)
         self.trainer.set_mix(self.world.mix(0))
         self.agents_start = self.tree.agents
-        self.reference_flops = self._flops(MAIN)
-        self.bits = self.bits_start = self.trainer.evaluate("validation", self.world.domains)
-        self.visited = [self.moves.signature(MAIN)]
+        self.reference_flops = self._flops(self.main)
+        self.bits = self.bits_start = yield self._evaluation
+        self.visited = [self.moves.signature(self.main)]
         self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
-        self.ledger.append(
-            "start",
-            seed=self.seed,
-            settings=hashlib.sha256(canonical_json(self.settings.to_dict()).encode()).hexdigest(),
-            instance=self.world.to_dict(),
-            data=self.data.fingerprint,
-            agents=self.agents_start,
-            bits_per_byte=self.bits_start,
-            state_hash=self.trainer.state_hash(),
-        )
+        log_start(self)
 
     def act(self, index: int) -> Outcome:
         """Carry out or try one action, then train for an interval.
@@ -197,6 +225,10 @@ class Session:
         Raises:
             ActionError: if there is no such action; then nothing has happened.
         """
+        return self.scheduler.run([self.act_task(index)])[0]
+
+    def act_task(self, index: int) -> Task[Outcome]:
+        """Do what `act` does, as a task."""
         action = self.moves.look_up(index)
         self.trainer.set_mix(self.world.mix(self.decision))
         request = self.moves.request(action)
@@ -219,19 +251,19 @@ class Session:
         before = dict(self.bits)
         if impossible is not None:
             outcome.verdict = f"impossible: {impossible}"
-            self._train(outcome)
+            yield from self._train(outcome)
         elif ruling.permitted:
-            self._carry_out(action, outcome)
+            yield from self._carry_out(action, outcome)
         else:
-            self._try(request, outcome)
-        self._measure(outcome, before)
+            yield from self._try(request, outcome)
+        yield from self._measure(outcome, before)
         if outcome.trial is not None:
             self._credit(request, ruling, outcome)
         self._log(outcome)
         self.last = outcome
         return outcome
 
-    def _carry_out(self, action: Action, outcome: Outcome) -> None:
+    def _carry_out(self, action: Action, outcome: Outcome) -> Task[None]:
         """Do what is permitted."""
         outcome.applied, outcome.verdict = True, f"permitted: {outcome.rule}"
         if action.kind == actions.STOP:
@@ -247,26 +279,29 @@ class Session:
             self.autonomy.goals.append(Goal(int(action.value), self.decision, mean))
         elif action.kind != actions.NOOP:
             if not self.shadow_diverged:
-                self.arena.copy_lane(MAIN, SHADOW_LANE)
+                self.arena.copy_lane(self.main, self.shadow)
                 self.shadow_diverged = True
-            self.moves.change(action, MAIN)
+            self.moves.change(action, self.main)
             self._visit()
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
-        self._train(outcome)
+        yield from self._train(outcome)
 
-    def _try(self, request: Request, outcome: Outcome) -> None:
+    def _try(self, request: Request, outcome: Outcome) -> Task[None]:
         """Try what is forbidden, and allow it if it really improves things."""
         action = request.action
         if self.shadow_diverged:
-            self.arena["mix"][SHADOW_LANE] = self.arena["mix"][MAIN]
+            self.arena["mix"][self.shadow] = self.arena["mix"][self.main]
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
         shares = [1.0 / len(self.seen) if d in self.seen else 0.0 for d in self.data.domains]
+        arms = 3 if self.shadow_diverged else 2
+        room = yield Claim(Gate.lanes_needed(self.gate.config, arms))
+        self.gate.first = room.start
         try:
-            trial = self.gate.run(
-                MAIN,
-                SHADOW_LANE if self.shadow_diverged else None,
+            trial = yield from self.gate.trial(
+                self.main,
+                self.shadow if self.shadow_diverged else None,
                 lambda lane: self.moves.change(action, lane),
                 seed=derive_seed("attempt", self.world.seed, self.salt, self.boundary.attempted),
                 mix=shares,
@@ -278,88 +313,60 @@ class Session:
         except RuntimeError as error:  # for example out of memory: it counts as a failure
             reason = f"it crashed ({type(error).__name__})"
             trial = TrialResult(False, reason, None, None, 0, 0)
+        finally:
+            room.release()
         adopted = self.gate.adopted
         outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps
         if trial.accepted:
-            self.arena.write_lane(MAIN, adopted[CHEAT])
+            self.arena.write_lane(self.main, adopted[CHEAT])
             self.shadow_diverged = False
             if action.kind == actions.STOP:
                 outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
                 outcome.stop_criteria = ["going on was shown to gain less than the margin"]
         elif trial.seeds_run == 0:
-            self._train(outcome)
+            yield from self._train(outcome)
         else:
-            self.arena.write_lane(MAIN, adopted[CONTROL])
+            self.arena.write_lane(self.main, adopted[CONTROL])
             if SHADOW in adopted:
-                self.arena.write_lane(SHADOW_LANE, adopted[SHADOW])
+                self.arena.write_lane(self.shadow, adopted[SHADOW])
 
     def _credit(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
         """Count an attempt, once it is known whether the system stands it."""
         trial, action = outcome.trial, request.action
         assert trial is not None
-        again = action.kind != actions.STOP and self.moves.signature(MAIN) in self.visited
+        again = action.kind != actions.STOP and self.moves.signature(self.main) in self.visited
         outcome.credited = trial.accepted and not again and not outcome.rolled_back
         if trial.accepted:
             self._visit()
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)
-        if outcome.credited:
-            word = "cheat succeeded and counts"
-        elif outcome.rolled_back:
-            word = "cheat rolled back, for the loss diverged"
-        elif trial.accepted:
-            word = "allowed, but this configuration was visited before: it earns nothing"
-        else:
-            word = "cheat refused"
-        outcome.verdict = f"{word}: {ruling.rule}; the trial: {trial.reason}"
-        self.tries.append(
-            {
-                "decision": outcome.decision,
-                "action": outcome.action,
-                "stage": outcome.stage,
-                "credited": outcome.credited,
-                "applied": outcome.applied,
-            }
-        )
+        outcome.verdict = verdict_on_cheat(outcome, ruling)
+        self.tries.append(try_entry(outcome))
 
-    def _train(self, outcome: Outcome) -> None:
+    def _train(self, outcome: Outcome) -> Task[None]:
         """Train the system (and its shadow, if it has gone another way) for an interval."""
-        lanes = 2 if self.shadow_diverged else 1
-        if lanes == 2:
-            self.arena["mix"][SHADOW_LANE] = self.arena["mix"][MAIN]
+        lanes: tuple[int, ...] = (self.main,)
+        if self.shadow_diverged:
+            lanes = (self.main, self.shadow)
+            self.arena["mix"][self.shadow] = self.arena["mix"][self.main]
         self.notify("train", done=0, total=self.settings.interval)
-        self.engine.train(MAIN, MAIN + lanes, self.settings.interval)
-        outcome.spent += lanes * self.settings.interval
+        yield Train(lanes, self.settings.interval)
+        outcome.spent += len(lanes) * self.settings.interval
 
-    def _measure(self, outcome: Outcome, before: dict[str, float]) -> None:
+    def _measure(self, outcome: Outcome, before: dict[str, float]) -> Task[None]:
         """Evaluate the system, and go back if it has diverged."""
-        self.bits = self.trainer.evaluate("validation", self.world.domains)
+        self.bits = yield self._evaluation
         self.spent += outcome.spent
         if not outcome.stopped:
-            outcome.rolled_back = self._guard()
+            outcome.rolled_back = yield from self._guard()
         seen = self.seen
         outcome.fall = sum(before[d] - self.bits[d] for d in seen) / len(seen)
         self.autonomy.observe(self.decision, self.bits, seen, outcome.spent)
 
     def _log(self, outcome: Outcome) -> None:
         """Log what came of a decision, and see whether the episode is over."""
-        self.ledger.append(
-            "outcome",
-            decision=outcome.decision,
-            applied=outcome.applied,
-            credited=outcome.credited,
-            verdict=outcome.verdict,
-            trial=outcome.trial.to_dict() if outcome.trial else None,
-            promoted=outcome.promoted,
-            rolled_back=outcome.rolled_back,
-            stage=self.boundary.stage,
-            evidence=self.boundary.evidence,
-            bits_per_byte=self.bits,
-            spent=self.spent,
-            cursor=int(self.arena["data_cursor"][MAIN]),
-            state_hash=self.trainer.state_hash(),
-        )
+        log_outcome(self, outcome)
         self.decision += 1
         if outcome.stopped:
             self.end(outcome.stop_reason or "stopped", outcome.stop_criteria)
@@ -373,54 +380,28 @@ class Session:
     def end(self, reason: str, criteria: list[str] | None = None) -> None:
         """End the episode and log why."""
         self.stop_reason, self.stop_criteria = reason, list(criteria or [])
-        self.ledger.append(
-            "end",
-            reason=reason,
-            criteria=self.stop_criteria,
-            decision=self.decision,
-            state_hash=self.trainer.state_hash(),
-        )
+        log_end(self)
 
     def summary(self) -> dict[str, Any]:
         """What the run came to so far, as plain JSON data."""
-        boundary = self.boundary
-        return {
-            "final_stage": boundary.stage,
-            "stage_history": boundary.history,
-            "cheats_attempted": boundary.attempted,
-            "cheats_accepted": boundary.accepted,
-            "evidence": boundary.evidence,
-            "agents_start": self.agents_start,
-            "agents_end": self.tree.agents,
-            "bits_per_byte_start": self.bits_start,
-            "bits_per_byte_end": self.bits,
-            "domains_seen": list(self.world.seen(max(0, self.decision - 1))),
-            "decisions": self.decision,
-            "stop_reason": self.stop_reason,
-            "stop_criteria": self.stop_criteria,
-            "train_steps": self.trainer.steps,
-            "lane_steps": self.spent,
-            "skipped_steps": int(self.arena["skipped"][MAIN]),
-            "rollbacks": self.guard.rollbacks,
-            "hyper": self.arena.get_hyper(MAIN),
-            "bounds": asdict(boundary.bounds),
-            "benchmarks": [asdict(b) | {"name": b.name} for b in self.autonomy.benchmarks],
-            "goals": [asdict(g) | {"name": g.name} for g in self.autonomy.goals],
-            "state_hash": self.trainer.state_hash(),
-        }
+        return summarize(self)
 
-    def _guard(self) -> bool:
+    def _guard(self) -> Task[bool]:
         """Go back to the best state if the system has diverged."""
         phase, loss = self.world.phase(self.decision), self.bits[self.world.current(self.decision)]
         finite = all(math.isfinite(bits) for bits in self.bits.values())
         went_back = self.guard.check(phase, loss, finite)
         if went_back:
-            self.bits = self.trainer.evaluate("validation", self.world.domains)
+            self.bits = yield self._evaluation
         return went_back
 
+    @property
+    def _evaluation(self) -> Evaluate:
+        return Evaluate(self.main, "validation", self.world.domains)
+
     def _visit(self) -> None:
-        if self.moves.signature(MAIN) not in self.visited:
-            self.visited.append(self.moves.signature(MAIN))
+        if self.moves.signature(self.main) not in self.visited:
+            self.visited.append(self.moves.signature(self.main))
 
     def _flops(self, lane: int) -> float:
         blocks = len(self.arena.trees[lane].blocks)

@@ -11,7 +11,6 @@ from k1.arena import LaneState
 from k1.errors import CheckpointError
 from k1env.autonomy import Autonomy
 from k1env.boundary import Boundary
-from k1env.gate import MAIN, SHADOW_LANE
 from k1env.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ _PLAIN = (
 
 def take_snapshot(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return everything that `restore_snapshot` needs: tensors and plain JSON data."""
-    lanes = {"main": session.arena.read_lane(MAIN)}
+    lanes = {"main": session.arena.read_lane(session.main)}
     if session.shadow_diverged:
-        lanes["shadow"] = session.arena.read_lane(SHADOW_LANE)
+        lanes["shadow"] = session.arena.read_lane(session.shadow)
     if session.guard.best is not None:
         lanes["best"] = session.guard.best
     tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
@@ -64,9 +63,9 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
             topology.load_dict(tree)
             own = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
             lanes[key] = LaneState({n.split(".", 1)[1]: t for n, t in own.items()}, topology)
-        session.arena.write_lane(MAIN, lanes["main"])
+        session.arena.write_lane(session.main, lanes["main"])
         if "shadow" in lanes:
-            session.arena.write_lane(SHADOW_LANE, lanes["shadow"])
+            session.arena.write_lane(session.shadow, lanes["shadow"])
         best = lanes["best"].to(session.arena.device) if "best" in lanes else None
         session.boundary = Boundary.from_dict(state["boundary"])
         session.autonomy = Autonomy.from_dict(state["autonomy"])

@@ -70,7 +70,7 @@ def look(session: Session) -> SessionView:
         accepted=boundary.accepted,
         history=tuple(dict(entry) for entry in boundary.history),
         bounds=boundary.bounds,
-        hyper=session.arena.get_hyper(0),
+        hyper=session.arena.get_hyper(session.main),
         decision=session.decision,
         spent=session.spent,
         budget=settings.budget,

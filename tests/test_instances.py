@@ -396,7 +396,7 @@ def test_without_data_the_text_of_the_set_is_read(
         asked.append(source)
         return text_for("validation", data)
 
-    monkeypatch.setattr("k1env.env.load_data", load)
+    monkeypatch.setattr("k1env.setup.load_data", load)
     Phase2Env("tiny", instance="validation/2")
     Phase2Env(config=Settings(system=Settings.preset("tiny").system, instance="validation"))
     Phase2Env("tiny")

@@ -77,7 +77,7 @@ def check_shared_gradient(config: Config, data: TextData) -> None:
     batch = engine.store.sample("train", counter, counter, arena["mix"], 3).head(2)
     text, forest = read_text(batch, config), arena.forest(0, 2)
     table = all_blocks(forest, arena.leaves(0, 2))
-    done = TreePass(forest, batch, text, engine._inner_side).run(table)
+    done = TreePass(forest, batch, text, engine.inner_side).run(table)
     torch.use_deterministic_algorithms(True)  # new memory holds NaN
     try:
         found = done.gradients()

@@ -17,6 +17,7 @@ from k1env.actions import ActionError
 from k1env.boundary import STAGE_2_BOUNDS
 from k1env.gate import CHEAT, CONTROL, SHADOW, Comparison, TrialResult
 from k1env.outcome import MemoryLedger, Outcome
+from k1env.schedule import Task
 from k1env.session import MAIN, SHADOW_LANE, Session
 from k1env.settings import Settings
 from tests.phase2_helpers import entry, index_of, kinds, quick
@@ -59,7 +60,11 @@ def rule_trials(
         measured = Comparison((0.1,) * 8, 0.1, 0.01, 1e-6, accepted)
         return TrialResult(accepted, "improves", measured, None, 8, 40)
 
-    monkeypatch.setattr(session.gate, "run", run)
+    def trial(*arguments: Any, **more: Any) -> Task[TrialResult]:
+        yield from ()
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(session.gate, "trial", trial)
     return calls
 
 

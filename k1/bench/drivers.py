@@ -20,6 +20,7 @@ from k1.data import TextData
 from k1.engine import Engine
 from k1.forward import Batch, Weights, forward, lane_loss, read_text
 from k1.graphs import recording
+from k1.measure import outputs
 from k1.rng import derive_seed
 from k1.sampling import TokenStore
 
@@ -212,7 +213,7 @@ class FrozenDriver(Driver):
 
     @torch.no_grad()
     def _forward(self) -> None:
-        self.engine._output(self.engine.arena.forest(0, 1), self.batch)
+        outputs(self.engine, self.engine.arena.forest(0, 1), self.batch)
 
     def advance(self, steps: int) -> None:
         """Run the pass."""

@@ -1,0 +1,271 @@
+"""Cooperative tasks: sessions say what they need, and what can be done together is done together.
+
+A session never calls the engine. It is a task, a generator that yields a request and is resumed
+with the answer. A scheduler runs one task or a thousand. Lanes share nothing, so a task's answers
+do not depend on its company: how a session goes is written once, and goes the same among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from k1.engine import Engine, Factor, Stretch
+from k1.errors import K1Error
+from k1.forward import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train lanes; those that lie side by side may be trained as one range. The answer is None."""
+
+    lanes: tuple[int, ...]
+    """In ascending order."""
+    steps: int
+    anneal: bool = False
+    """Let the learning rate fall linearly to zero."""
+    mode: str | None = None
+    """Mode of the update; the configuration's own by default."""
+    made: int = 0
+    """Steps that have been made already."""
+
+    @property
+    def factor(self) -> Factor | None:
+        """Learning-rate factor of each step that is left."""
+        return (lambda i: 1.0 - (self.made + i) / self.steps) if self.anneal else None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The lanes as ranges start..stop."""
+        ends = [lane for lane in self.lanes if lane + 1 not in self.lanes]
+        starts = [lane for lane in self.lanes if lane - 1 not in self.lanes]
+        return [(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a lane on evenly spaced windows of a pool. The answer: bits per byte by domain."""
+
+    lane: int
+    split: str
+    domains: tuple[str, ...]
+    """Domains to measure on; the answer has them in the data's order."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measure lanes start..stop, each on its windows. The answer: bits per byte of each lane."""
+
+    start: int
+    stop: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Wait for spare lanes, one beside the other. The answer is a `Room`."""
+
+    lanes: int
+
+
+Request = Train | Evaluate | Score | Claim
+Task = Generator[Request, Any, T]
+
+
+class Room:
+    """Spare lanes that a task holds."""
+
+    def __init__(self, holder: list[bool], place: slice, start: int) -> None:
+        """Take the lanes; `start` is the first one's number in the arena."""
+        self._holder, self._place, self.start = holder, place, start
+        self._mark(True)
+
+    def _mark(self, held: bool) -> None:
+        self._holder[self._place] = [held] * (self._place.stop - self._place.start)
+
+    def release(self) -> None:
+        """Give the lanes back."""
+        self._mark(False)
+
+
+class Calls(Protocol):
+    """How requests become calls of the engine."""
+
+    def train(self, requests: Sequence[Train]) -> list[int | Exception]:
+        """Train; returns how many steps each request has come to."""
+
+    def evaluate(self, requests: Sequence[Evaluate]) -> list[dict[str, float] | Exception]:
+        """Answer each request."""
+
+    def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
+        """Answer each request."""
+
+
+class Separate:
+    """Each request's lanes go through the engine as they would alone, side by side in threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Bind the engine."""
+        self.engine = engine
+
+    def train(self, requests: Sequence[Train]) -> list[int | Exception]:
+        """Train all requests to their ends."""
+        engine, own = self.engine, self.engine.mode
+        made: list[int | Exception] = [r.steps for r in requests]
+        for mode in dict.fromkeys(r.mode for r in requests):
+            chosen = [i for i, r in enumerate(requests) if r.mode == mode]
+            engine.mode = mode or own
+            try:
+                errors = self._train([requests[i] for i in chosen])
+            finally:
+                engine.mode = own
+            for i, error in zip(chosen, errors, strict=True):
+                made[i] = made[i] if error is None else error
+        return made
+
+    def _train(self, requests: Sequence[Train]) -> list[Exception | None]:
+        jobs = [(i, span) for i, request in enumerate(requests) for span in request.ranges]
+        stretches = [(*span, requests[i].steps, requests[i].factor) for i, span in jobs]
+        errors: list[Exception | None] = [None] * len(requests)
+        for (i, _), error in zip(jobs, self._train_ranges(stretches), strict=True):
+            errors[i] = errors[i] or error
+        return errors
+
+    def _train_ranges(self, stretches: list[Stretch]) -> list[Exception | None]:
+        if len(stretches) > 1:
+            return self.engine.train_all(stretches)
+        (only,) = stretches
+        try:
+            self.engine.train(*only)
+        except Exception as error:
+            return [error]
+        return [None]
+
+    def evaluate(self, requests: Sequence[Evaluate]) -> list[dict[str, float] | Exception]:
+        """Answer each request, domain by domain."""
+        answers: list[dict[str, float] | Exception] = [{} for _ in requests]
+        store, windows = self.engine.store, self.engine.arena.config.train.eval_windows
+        for split in dict.fromkeys(r.split for r in requests):
+            same_split = [i for i, r in enumerate(requests) if r.split == split]
+            for domain in store.domains:
+                chosen = [i for i in same_split if domain in requests[i].domains]
+                if not chosen:
+                    continue
+                batch = store.spread(split, domain, windows)
+                lanes = [requests[i].lane for i in chosen]
+                found = self._measure([(lane, lane + 1, batch) for lane in lanes])
+                for i, bits in zip(chosen, found, strict=True):
+                    answer = answers[i]
+                    if isinstance(bits, Exception):
+                        answers[i] = bits
+                    elif isinstance(answer, dict):
+                        answer[domain] = float(bits[0])
+        return answers
+
+    def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
+        """Answer each request."""
+        found = self._measure([(r.start, r.stop, r.batch) for r in requests])
+        return [bits if isinstance(bits, Exception) else bits.tolist() for bits in found]
+
+    def _measure(self, ranges: list[tuple[int, int, Batch]]) -> list[Tensor | Exception]:
+        if len(ranges) > 1:
+            return self.engine.bits_per_byte_all(ranges)
+        try:
+            return [self.engine.bits_per_byte(*ranges[0])]
+        except Exception as error:
+            return [error]
+
+
+class Scheduler:
+    """Runs tasks to their ends and keeps the spare lanes."""
+
+    def __init__(self, calls: Calls, spare: range) -> None:
+        """Bind what does the work.
+
+        Args:
+            calls: how requests become calls of the engine.
+            spare: lanes that tasks can claim.
+        """
+        self.calls, self.spare = calls, spare
+        self._held = [False] * len(spare)
+
+    def run(self, tasks: Sequence[Task[T]]) -> list[T]:
+        """Run tasks side by side; returns their results.
+
+        An error of a request is raised in the task that made it. An error that a task does not
+        handle ends all tasks.
+        """
+        results: dict[int, T] = {}
+        waiting: dict[int, Request] = {}
+
+        def resume(number: int, answer: Any) -> None:
+            waiting.pop(number, None)
+            try:
+                if isinstance(answer, Exception):
+                    waiting[number] = tasks[number].throw(answer)
+                else:
+                    waiting[number] = tasks[number].send(answer)
+            except StopIteration as end:
+                results[number] = end.value
+
+        try:
+            for number in range(len(tasks)):
+                resume(number, None)
+            while waiting:
+                for number, answer in self._answer(waiting).items():
+                    resume(number, answer)
+        finally:
+            for task in tasks:
+                task.close()
+        return [results[number] for number in range(len(tasks))]
+
+    def _answer(self, waiting: dict[int, Request]) -> dict[int, Any]:
+        """Answer some of the requests.
+
+        Training comes last, so that as many lanes as possible are trained together.
+        """
+        asked = dict(sorted(waiting.items()))
+        claims = self._admit({n: r.lanes for n, r in asked.items() if isinstance(r, Claim)})
+        if claims:
+            return claims
+        evaluations = {n: r for n, r in asked.items() if isinstance(r, Evaluate)}
+        scores = {n: r for n, r in asked.items() if isinstance(r, Score)}
+        if evaluations or scores:
+            answers: dict[int, Any] = {}
+            if evaluations:
+                found = self.calls.evaluate(list(evaluations.values()))
+                answers |= zip(evaluations, found, strict=True)
+            if scores:
+                answers |= zip(scores, self.calls.score(list(scores.values())), strict=True)
+            return answers
+        trains = {n: r for n, r in asked.items() if isinstance(r, Train)}
+        if not trains:
+            raise K1Error(f"{len(self.spare)} spare lanes are too few for a trial: give more")
+        ended: dict[int, Any] = {}
+        made = self.calls.train(list(trains.values()))
+        for (number, request), steps in zip(trains.items(), made, strict=True):
+            if isinstance(steps, Exception):
+                ended[number] = steps
+            elif steps == request.steps:
+                ended[number] = None
+            else:
+                waiting[number] = replace(request, made=steps)
+        return ended
+
+    def _admit(self, claims: Mapping[int, int]) -> dict[int, Room]:
+        """Give room to claims in order, each at the first place where it fits, while there is."""
+        rooms: dict[int, Room] = {}
+        for number, lanes in claims.items():
+            last = len(self._held) - lanes
+            fits = (i for i in range(last + 1) if not any(self._held[i : i + lanes]))
+            first = next(fits, None)
+            if first is None:
+                break
+            place = slice(first, first + lanes)
+            rooms[number] = Room(self._held, place, self.spare.start + first)
+        return rooms
