@@ -43,8 +43,9 @@ class SB3VecEnv(VecEnv):
         self._actions: Any = None
 
     def reset(self) -> Observation:
-        """Start an episode in every environment, by the seeds that `seed` has set."""
-        for i, (_, info) in self.vec_env.reset_each(self._seeds).items():
+        """Start an episode in every environment, by what `seed` and `set_options` have set."""
+        worlds = [options.get("instance") for options in self._options]
+        for i, (_, info) in self.vec_env.reset_each(self._seeds, instance=worlds).items():
             self.reset_infos[i] = info
         self._reset_seeds()
         self._reset_options()

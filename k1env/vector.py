@@ -136,7 +136,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self,
         seeds: Sequence[int | None],
         chosen: Sequence[int] | None = None,
-        instance: Instance | str | Sequence[Instance | str] | None = None,
+        instance: Instance | str | Sequence[Instance | str | None] | None = None,
     ) -> dict[int, tuple[Observation, dict[str, Any]]]:
         """Start episodes; returns each environment's observation and info, by its number.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from k1.data import TextData
 from k1.errors import K1Error
 from k1env.env import Phase2Env
+from k1env.instances import Instance
 from k1env.vector import Phase2VectorEnv
 from tests.phase2_helpers import ROOT, environment, quick
 from tests.vector_helpers import same, scripted, varied
@@ -56,6 +58,29 @@ def test_it_does_what_a_dummy_over_single_environments_does(data: TextData) -> N
     assert ours.has_attr("action_masks") and ours.get_attr("render_mode") == [None] * 3
     ours.close()
     assert ours.vec_env.closed
+
+
+def test_options_name_worlds(data: TextData) -> None:
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from k1env import SB3VecEnv
+
+    world = Instance(
+        name="own", domains=("gamma",), shifts=(), branching=(3, 2), lr=3e-3, cooldown=7, top_k=2,
+        exploration=0.25, pretrained=False, budget=90, seed=11,
+    )  # fmt: skip
+    other = replace(world, domains=("alpha",), branching=(2, 2, 2))
+    fields = {"config": quick(), "data": data, "instance": world}
+    dummy = DummyVecEnv([lambda: Phase2Env(**fields)] * 2)
+    ours = SB3VecEnv(num_envs=2, device="cpu", **fields)
+    for venv in (dummy, ours):
+        venv.seed(1)
+    for _ in range(2):
+        assert same(dict(dummy.reset()), ours.reset())
+        assert same(dummy.reset_infos, ours.reset_infos)
+        for venv in (dummy, ours):
+            venv.seed(3)
+            venv.set_options([{}, {"instance": other}])
 
 
 def test_it_makes_its_environment_itself(data: TextData) -> None:
