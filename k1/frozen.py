@@ -8,7 +8,6 @@ Shapes: n blocks, S inputs, N tokens of each, d = embed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -102,15 +101,21 @@ def _attend(qkv: Tensor, heads: int, room: Tensor, out: Tensor) -> None:
     `room` has space for sequences * time * time numbers.
     """
     sequences, time, d = out.shape
-    half = (time + 1) // 2
+    half, scale = (time + 1) // 2, (d // heads) ** -0.5
+    rest = time - half
     mask = torch.full((half, half), -torch.inf, dtype=out.dtype).triu(1)
-    outs = out.split(d // heads, dim=-1)
-    for (q, k, v), result in zip(by_head(qkv, heads), outs, strict=True):
-        for first, last in ((0, half), (half, time)):
-            shape = sequences, last - first, last
-            scores = room[: math.prod(shape)].view(shape)
-            keys, scale = k[:, :last].transpose(1, 2), q.shape[-1] ** -0.5
-            scores.baddbmm_(q[:, first:last], keys, beta=0, alpha=scale)
-            scores[..., first:].add_(mask[: last - first, : last - first])
-            torch.softmax(scores, dim=-1, out=scores)
-            result[:, first:last] = torch.bmm(scores, v[:, :last])
+    # Both views lie at the start of the room: what is used again is still in the cache.
+    upper = room[: sequences * half * half].view(sequences, half, half)
+    lower = room[: sequences * rest * time].view(sequences, rest, time)
+    uppers, lowers = [], []
+    for q, k, v in by_head(qkv, heads):
+        keys = k.transpose(1, 2)
+        upper.baddbmm_(q[:, :half], keys[..., :half], beta=0, alpha=scale).add_(mask)
+        torch.softmax(upper, dim=-1, out=upper)
+        uppers.append(torch.bmm(upper, v[:, :half]))
+        lower.baddbmm_(q[:, half:], keys, beta=0, alpha=scale)
+        lower[..., half:].add_(mask[:rest, :rest])
+        torch.softmax(lower, dim=-1, out=lower)
+        lowers.append(torch.bmm(lower, v))
+    torch.cat(uppers, dim=-1, out=out[:, :half])
+    torch.cat(lowers, dim=-1, out=out[:, half:])
