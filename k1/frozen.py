@@ -17,7 +17,7 @@ from torch import Tensor
 
 from k1.block import Folded, by_head
 
-_CACHE_BYTES = 5 * 2**18
+_CACHE_BYTES = 2**21
 """Size of the largest intermediate value of the blocks that run together."""
 
 
@@ -66,22 +66,25 @@ def run_frozen(
     if known is not None:
         y.index_copy_(0, known.at, known.y)
         done = known.at.tolist()
-    widest = tokens * max(3 * d, f, time) * above.element_size()
-    step = min(blocks, max(1, _CACHE_BYTES // widest))
-    inputs, a = above.new_empty(2, step, tokens, d)
-    qkv, h = above.new_empty(step, tokens, 3 * d), above.new_empty(step, tokens, f)
+    widest = max(3 * d, f, time)
+    step = min(blocks, max(1, _CACHE_BYTES // (tokens * widest * above.element_size())))
+    # What is no longer needed makes room for what comes next while the cache still holds it.
+    narrow, wide = above.new_empty(step * tokens * d), above.new_empty(step * tokens * widest)
     scores = above.new_empty(step * tokens * time)
+    mask = torch.full((time, time), -torch.inf, dtype=above.dtype).triu(1)
     for some in _runs(blocks, done, step):
         n, w = some.stop - some.start, p.cut(some.start, some.stop)
         source, out = parent[some], y[some]
-        torch.index_select(normed, 0, source, out=inputs[:n])
-        torch.baddbmm(w.qkv_bias[:, None], inputs[:n], w.qkv, out=qkv[:n])
-        windows = n * tokens // time
-        _attend(qkv[:n].view(windows, time, 3 * d), heads, scores, a[:n].view(windows, time, d))
+        inputs = a = narrow[: n * tokens * d].view(n, tokens, d)
+        qkv = wide[: n * tokens * 3 * d].view(n, tokens, 3 * d)
+        h = wide[: n * tokens * f].view(n, tokens, f)
+        torch.index_select(normed, 0, source, out=inputs)
+        torch.baddbmm(w.qkv_bias[:, None], inputs, w.qkv, out=qkv)
+        _attend(qkv.view(-1, time, 3 * d), heads, mask, scores, a.view(-1, time, d))
         torch.index_select(above, 0, source, out=out)
-        out.baddbmm_(a[:n], w.out)
-        torch.baddbmm(w.mlp_in_bias[:, None], plain_norm(out), w.mlp_in, out=h[:n])
-        out.add_(w.mlp_out_bias[:, None]).baddbmm_(torch.ops.aten.gelu_(h[:n]), w.mlp_out)
+        out.baddbmm_(a, w.out)
+        torch.baddbmm(w.mlp_in_bias[:, None], plain_norm(out), w.mlp_in, out=h)
+        out.add_(w.mlp_out_bias[:, None]).baddbmm_(torch.ops.aten.gelu_(h), w.mlp_out)
     return y
 
 
@@ -94,27 +97,28 @@ def _runs(blocks: int, done: list[int], step: int) -> Iterator[slice]:
         first = stop + 1
 
 
-def _attend(qkv: Tensor, heads: int, room: Tensor, out: Tensor) -> None:
+def _attend(qkv: Tensor, heads: int, mask: Tensor, room: Tensor, out: Tensor) -> None:
     """Causal attention [sequences, time, 3 * embed] -> [sequences, time, embed].
 
     The first half of the queries sees the first half of the keys only: a quarter of the work less.
-    `room` has space for sequences * time * time numbers.
+    `mask` [time, time] is -inf above the diagonal. `room` has space for sequences * time * time
+    numbers.
     """
     sequences, time, d = out.shape
     half, scale = (time + 1) // 2, (d // heads) ** -0.5
     rest = time - half
-    mask = torch.full((half, half), -torch.inf, dtype=out.dtype).triu(1)
+    upper_mask, lower_mask = mask[:half, :half], mask[half:, half:]
     # Both views lie at the start of the room: what is used again is still in the cache.
     upper = room[: sequences * half * half].view(sequences, half, half)
     lower = room[: sequences * rest * time].view(sequences, rest, time)
     uppers, lowers = [], []
     for q, k, v in by_head(qkv, heads):
         keys = k.transpose(1, 2)
-        upper.baddbmm_(q[:, :half], keys[..., :half], beta=0, alpha=scale).add_(mask)
+        upper.baddbmm_(q[:, :half], keys[..., :half], beta=0, alpha=scale).add_(upper_mask)
         torch.softmax(upper, dim=-1, out=upper)
         uppers.append(torch.bmm(upper, v[:, :half]))
         lower.baddbmm_(q[:, half:], keys, beta=0, alpha=scale)
-        lower[..., half:].add_(mask[:rest, :rest])
+        lower[..., half:].add_(lower_mask)
         torch.softmax(lower, dim=-1, out=lower)
         lowers.append(torch.bmm(lower, v))
     torch.cat(uppers, dim=-1, out=out[:, :half])

@@ -196,7 +196,8 @@ def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> Known:
 
 def _hand_down(link: Tensor, above: Tensor) -> Tensor:
     """Take values [L, R_above, ...] over a link [L, R, R_above]: [L, R, ...]."""
-    return (link.to(above.dtype) @ above.flatten(2)).unflatten(2, above.shape[2:])
+    shape = *link.shape[:2], *above.shape[2:]
+    return torch.bmm(link.to(above.dtype), above.flatten(2)).view(shape)
 
 
 def _at(values: Tensor, position: Tensor) -> Tensor:
