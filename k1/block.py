@@ -245,18 +245,32 @@ def block_forward(p: Folded, x: Tensor, heads: int) -> Tensor:
     return out
 
 
+def norm_keeping(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm without gain and shift [..., d], and the moments that `norm_back` needs."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
+
+
+def norm_back(by_normed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of the input x of a norm, given that of its result."""
+    which = [True, False, False]
+    by_x: Tensor = torch.ops.aten.native_layer_norm_backward(
+        by_normed, x, x.shape[-1:], mean, rstd, None, None, which
+    )[0]
+    return by_x
+
+
 def run_keeping(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
     """Write the outputs of blocks to `y` on a CPU; return what `go_back` needs."""
     blocks, batch, time, d = x.shape
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
-    normed, *moments = torch.native_layer_norm(x, (d,), None, None, _EPS)
+    normed, *moments = norm_keeping(x)
     qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
     mask = torch.full((time, time), -torch.inf, dtype=x.dtype).triu(1)
     weights = [x.new_empty(blocks * batch, time, time) for _ in range(heads)]
     a = x.new_empty(blocks, batch * time, d)
     attend(qkv, heads, mask, weights, a.view(blocks * batch, time, d))
     middle = torch.baddbmm(x, a, p.out)
-    normed_2, *moments_2 = torch.native_layer_norm(middle, (d,), None, None, _EPS)
+    normed_2, *moments_2 = norm_keeping(middle)
     h = torch.baddbmm(p.mlp_in_bias[:, None], normed_2, p.mlp_in)
     active = F.gelu(h)
     torch.add(middle, p.mlp_out_bias[:, None], out=y).baddbmm_(active, p.mlp_out)
@@ -286,12 +300,6 @@ def go_back(
     def back(rows: Tensor, weight: Tensor, out: Tensor, by_weight: Tensor) -> Tensor:
         torch.bmm(rows.transpose(1, 2), out, out=by_weight)
         return torch.bmm(out, weight.transpose(1, 2))
-
-    def norm_back(out: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        which = [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(
-            out, rows, (d,), mean, rstd, None, None, which
-        )[0]
 
     torch.sum(dy, 1, out=by.mlp_out_bias)
     by_h = torch.ops.aten.gelu_backward(back(active, p.mlp_out, dy, by.mlp_out), h)

@@ -6,13 +6,9 @@ d = embed.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from k1.block import Folded, block_forward, go_back, run_keeping
+from k1.block import Folded, block_forward
 
 
 def run_chain(p: Folded, x: Tensor, links: list[Tensor], heads: int) -> list[Tensor]:
@@ -27,8 +23,6 @@ def run_chain(p: Folded, x: Tensor, links: list[Tensor], heads: int) -> list[Ten
     Returns:
         Outputs of each level [L, R, B, T, d].
     """
-    if not x.is_cuda:
-        return list(_Chain.apply(x, links, heads, *p.tensors()))
     ys: list[Tensor] = []
     for level, (start, stop) in enumerate(_cuts(x, links)):
         inputs = _hand_down(links[level - 1], ys[-1]) if level else x[:, None]
@@ -48,44 +42,3 @@ def _cuts(x: Tensor, links: list[Tensor]) -> list[tuple[int, int]]:
 def _hand_down(link: Tensor, y: Tensor) -> Tensor:
     """Inputs [L, R, ...] of a level from the outputs [L, R_above, ...] of that above."""
     return (link.to(y.dtype) @ y.flatten(2)).unflatten(2, y.shape[2:])
-
-
-class _Chain(torch.autograd.Function):
-    """All of it as one step of torch's graph on a CPU, where every further one costs much."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, links: list[Tensor], heads: int, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        p, inputs = Folded(*weights), x[:, None]
-        ys: list[Tensor] = []
-        kept: list[list[Tensor]] = []
-        for level, cut in enumerate(_cuts(x, links)):
-            if level:
-                inputs = _hand_down(links[level - 1], ys[-1])
-            ys.append(torch.empty_like(inputs))
-            flat = inputs.flatten(0, 1)
-            kept.append([flat, *run_keeping(p.cut(*cut), flat, heads, ys[-1])])
-        ctx.links, ctx.heads, ctx.each = links, heads, len(kept[0])
-        ctx.save_for_backward(x, *weights, *[t for level in kept for t in level])
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        p, kept, each = Folded(*saved[:7]), saved[7:], ctx.each
-        by = Folded(*[torch.empty_like(t) for t in p.tensors()])
-        cuts, below = _cuts(x, ctx.links), None
-        for level in range(len(cuts) - 1, -1, -1):
-            dy = grads[level]
-            if below is not None:
-                link = ctx.links[level].to(dy.dtype)
-                dy = dy + (link.transpose(1, 2) @ below.flatten(2)).view_as(dy)
-            inputs, *own = kept[level * each : (level + 1) * each]
-            cut = cuts[level]
-            below = go_back(
-                p.cut(*cut), inputs, own, ctx.heads, dy.flatten(0, 1), by.cut(*cut)
-            ).view_as(dy)
-        assert below is not None
-        return below[:, 0], None, None, *by.tensors()

@@ -28,6 +28,7 @@ from k1.forward import (
 from k1.graphs import Side, StepGraphs
 from k1.measure import measure
 from k1.path import PathPass, as_leaf, index_paths
+from k1.path_cpu import CpuPathPass
 from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
 from k1.sampling import TokenStore, draw
@@ -285,7 +286,8 @@ class Engine:
                 return done.run(table)
             return (done if done.has_run else done.run()).choose(table)
         paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
-        return PathPass(forest, batch, text, paths)
+        on_cpu = a.device.type == "cpu"
+        return (CpuPathPass if on_cpu else PathPass)(forest, batch, text, paths)
 
     def path_step(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor
 from k1.block import Layout, block_forward, child_logits, fold
 from k1.config import Config
 from k1.evidence import hash_bigrams, history_mask, kernel_fits, levels_evidence
-from k1.frozen import Known, run_frozen
+from k1.frozen import Known, plain_norm, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.kernels import AVAILABLE
 from k1.large import run_alone, runs_alone
@@ -268,7 +268,7 @@ def _run_levels(
         own, norm = pieces[index.level], None
         if frozen:
             inputs = above.flatten(0, 1)
-            norm = F.layer_norm(inputs, inputs.shape[-1:])
+            norm = plain_norm(inputs)
             source = flat_index(index.parent, above.shape[1])
             there = known[index.level] if known else None
             y = run_frozen(fold(own, x.dtype), inputs, norm, source, time, heads, there)

@@ -8,7 +8,6 @@ Shapes: n blocks, S inputs, N tokens of each, d = embed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from k1.block import Folded, by_head
 
-_CACHE_BYTES = 5 * 2**18
+_CACHE_BYTES = 2**21
 """Size of the largest intermediate value of the blocks that run together."""
 
 
@@ -30,6 +29,12 @@ class Known:
     """int64 [blocks]: their places in the flattened level."""
     y: Tensor
     """[blocks, N, d]: their outputs."""
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    """Layer norm without gain and shift: with ones and zeros torch takes a faster way to it."""
+    width = x.shape[-1]
+    return F.layer_norm(x, (width,), x.new_ones(width), x.new_zeros(width))
 
 
 def run_frozen(
@@ -61,22 +66,25 @@ def run_frozen(
     if known is not None:
         y.index_copy_(0, known.at, known.y)
         done = known.at.tolist()
-    widest = tokens * max(3 * d, f, time) * above.element_size()
-    step = min(blocks, max(1, _CACHE_BYTES // widest))
-    inputs, a = above.new_empty(2, step, tokens, d)
-    qkv, h = above.new_empty(step, tokens, 3 * d), above.new_empty(step, tokens, f)
+    widest = max(3 * d, f, time)
+    step = min(blocks, max(1, _CACHE_BYTES // (tokens * widest * above.element_size())))
+    # What is no longer needed makes room for what comes next while the cache still holds it.
+    narrow, wide = above.new_empty(step * tokens * d), above.new_empty(step * tokens * widest)
     scores = above.new_empty(step * tokens * time)
+    mask = torch.full((time, time), -torch.inf, dtype=above.dtype).triu(1)
     for some in _runs(blocks, done, step):
         n, w = some.stop - some.start, p.cut(some.start, some.stop)
         source, out = parent[some], y[some]
-        torch.index_select(normed, 0, source, out=inputs[:n])
-        torch.baddbmm(w.qkv_bias[:, None], inputs[:n], w.qkv, out=qkv[:n])
-        windows = n * tokens // time
-        _attend(qkv[:n].view(windows, time, 3 * d), heads, scores, a[:n].view(windows, time, d))
+        inputs = a = narrow[: n * tokens * d].view(n, tokens, d)
+        qkv = wide[: n * tokens * 3 * d].view(n, tokens, 3 * d)
+        h = wide[: n * tokens * f].view(n, tokens, f)
+        torch.index_select(normed, 0, source, out=inputs)
+        torch.baddbmm(w.qkv_bias[:, None], inputs, w.qkv, out=qkv)
+        _attend(qkv.view(-1, time, 3 * d), heads, mask, scores, a.view(-1, time, d))
         torch.index_select(above, 0, source, out=out)
-        out.baddbmm_(a[:n], w.out)
-        torch.baddbmm(w.mlp_in_bias[:, None], F.layer_norm(out, (d,)), w.mlp_in, out=h[:n])
-        out.add_(w.mlp_out_bias[:, None]).baddbmm_(torch.ops.aten.gelu_(h[:n]), w.mlp_out)
+        out.baddbmm_(a, w.out)
+        torch.baddbmm(w.mlp_in_bias[:, None], plain_norm(out), w.mlp_in, out=h)
+        out.add_(w.mlp_out_bias[:, None]).baddbmm_(torch.ops.aten.gelu_(h), w.mlp_out)
     return y
 
 
@@ -89,22 +97,29 @@ def _runs(blocks: int, done: list[int], step: int) -> Iterator[slice]:
         first = stop + 1
 
 
-def _attend(qkv: Tensor, heads: int, room: Tensor, out: Tensor) -> None:
+def _attend(qkv: Tensor, heads: int, mask: Tensor, room: Tensor, out: Tensor) -> None:
     """Causal attention [sequences, time, 3 * embed] -> [sequences, time, embed].
 
     The first half of the queries sees the first half of the keys only: a quarter of the work less.
-    `room` has space for sequences * time * time numbers.
+    `mask` [time, time] is -inf above the diagonal. `room` has space for sequences * time * time
+    numbers.
     """
     sequences, time, d = out.shape
-    half = (time + 1) // 2
-    mask = torch.full((half, half), -torch.inf, dtype=out.dtype).triu(1)
-    outs = out.split(d // heads, dim=-1)
-    for (q, k, v), result in zip(by_head(qkv, heads), outs, strict=True):
-        for first, last in ((0, half), (half, time)):
-            shape = sequences, last - first, last
-            scores = room[: math.prod(shape)].view(shape)
-            keys, scale = k[:, :last].transpose(1, 2), q.shape[-1] ** -0.5
-            scores.baddbmm_(q[:, first:last], keys, beta=0, alpha=scale)
-            scores[..., first:].add_(mask[: last - first, : last - first])
-            torch.softmax(scores, dim=-1, out=scores)
-            result[:, first:last] = torch.bmm(scores, v[:, :last])
+    half, scale = (time + 1) // 2, (d // heads) ** -0.5
+    rest = time - half
+    upper_mask, lower_mask = mask[:half, :half], mask[half:, half:]
+    # Both views lie at the start of the room: what is used again is still in the cache.
+    upper = room[: sequences * half * half].view(sequences, half, half)
+    lower = room[: sequences * rest * time].view(sequences, rest, time)
+    uppers, lowers = [], []
+    for q, k, v in by_head(qkv, heads):
+        keys = k.transpose(1, 2)
+        upper.baddbmm_(q[:, :half], keys[..., :half], beta=0, alpha=scale).add_(upper_mask)
+        torch.softmax(upper, dim=-1, out=upper)
+        uppers.append(torch.bmm(upper, v[:, :half]))
+        lower.baddbmm_(q[:, half:], keys, beta=0, alpha=scale)
+        lower[..., half:].add_(lower_mask)
+        torch.softmax(lower, dim=-1, out=lower)
+        lowers.append(torch.bmm(lower, v))
+    torch.cat(uppers, dim=-1, out=out[:, :half])
+    torch.cat(lowers, dim=-1, out=out[:, half:])

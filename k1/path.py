@@ -31,7 +31,6 @@ from k1.forward import (
     lane_loss,
     learned_logits,
 )
-from k1.frozen import Known
 from k1.mixing import flat_index
 from k1.topology import LevelIndex
 
@@ -114,18 +113,14 @@ class Gradients:
 
 
 class PathPass:
-    """All blocks forward, once; then the gradients of the path blocks."""
+    """All blocks forward, once; then the gradients of the path blocks, by torch's graph.
+
+    `k1.path_cpu` does the same on a CPU at less cost.
+    """
 
     def __init__(self, forest: Forest, batch: Batch, text: Text, paths: list[PathIndex]) -> None:
         """Run the trees on a batch, the path blocks alone with a graph."""
         self.forest, self.batch, self.paths = forest, batch, paths
-        self._run: PathBlocks | None = None
-        known = None
-        if not forest.rows.is_cuda:  # there, shapes depend on no value, so path blocks run twice
-            with torch.enable_grad():
-                self._run = run_paths(forest, batch, paths)
-            levels = zip(self._run.ys, forest.levels, paths, strict=True)
-            known = [_known(*level) for level in levels]
         with torch.no_grad():
             self.values = forward(
                 forest.weights(),
@@ -134,7 +129,6 @@ class PathPass:
                 batch,
                 text,
                 forest.config,
-                known=known,
             )
 
     @cached_property
@@ -156,8 +150,7 @@ class PathPass:
         Of the weights as they are now: between calls, culprits may change, and nothing else.
         """
         forest, paths = self.forest, self.paths
-        run = self._run or run_paths(forest, self.batch, paths)
-        self._run = None
+        run = run_paths(forest, self.batch, paths)
         mixed = run.ys[-1]
         for level in range(len(paths) - 2, -1, -1):
             mixed = _mix_level(
@@ -188,11 +181,6 @@ def run_paths(forest: Forest, batch: Batch, paths: list[PathIndex]) -> PathBlock
     return PathBlocks(rows, shared, [dict(zip(ROUTER, r, strict=True)) for r in routers], ys)
 
 
-def _known(y: Tensor, index: LevelIndex, path: PathIndex) -> Known:
-    at, valid = flat_index(path.position, index.width), path.valid.flatten()
-    return Known(at[valid], y.detach().flatten(0, 1)[valid])
-
-
 def as_leaf(view: Tensor) -> Tensor:
     """Make an autograd leaf of a part of the arena, without a copy.
 
@@ -200,6 +188,21 @@ def as_leaf(view: Tensor) -> Tensor:
     other threads, would then look like a change of this one.
     """
     return view.data.requires_grad_()
+
+
+def own_children(children: Tensor, exists: Tensor, under: PathIndex) -> Tensor:
+    """Find path blocks among path blocks' children.
+
+    Args:
+        children: int64 [L, R, K]: positions in the level below.
+        exists: bool [L, R, K].
+        under: the path blocks of the level below.
+
+    Returns:
+        bool [L, R, K, R_below]: rank k of path row r is the path row q below.
+    """
+    own = (children[..., None] == under.position[:, None, None]) & exists[..., None]
+    return own & (under.in_parent.transpose(1, 2)[:, :, None] > 0)
 
 
 def _mix_level(
@@ -233,9 +236,7 @@ def _mix_level(
     if config.model.router != "mean":
         route = route + learned_logits(pieces[level], ys[level])[:, :, : children.shape[-1]]
     route = route.masked_fill(~exists[..., None], torch.finfo(route.dtype).min)
-    # [L, R, K, R_below]: rank k of path row r is the path row q below.
-    own = (children[..., None] == under.position[:, None, None]) & exists[..., None]
-    own = own & (under.in_parent.transpose(1, 2)[:, :, None] > 0)
+    own = own_children(children, exists, under)
     out: Tensor = _PathMix.apply(
         ys[level],
         below,

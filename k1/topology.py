@@ -311,6 +311,12 @@ class Extent:
         return Extent(tuple(width), max(branching) if self.ranks <= max(branching) else most)
 
 
+def _ranks_under(trees: list[Topology], level: int) -> int:
+    """Count the ranks that children of a level's blocks have: at least 1."""
+    below = (b for tree in trees for b in tree.blocks.values() if b.level == level + 1)
+    return max((block.rank + 1 for block in below), default=1)
+
+
 def index_levels(
     trees: list[Topology], device: torch.device, extent: Extent | None = None
 ) -> list[LevelIndex]:
@@ -319,20 +325,22 @@ def index_levels(
     Args:
         trees: one for each lane.
         device: where the index is held.
-        extent: room to leave; by default each level is as wide as its widest lane, and the index
-            says what the host knows of these trees. With an extent it knows nothing of them.
+        extent: room to leave; by default each level is as wide as its widest lane, with room for
+            the children that its blocks have, and the index says what the host knows of these
+            trees. With an extent it knows nothing of them.
     """
     host_knows = extent is None
     extent = extent or Extent.of(trees)
-    first, ranks, width = trees[0], extent.ranks, extent.width
+    first, width = trees[0], extent.width
     depth, slots = len(width), first.slots + 1
     lanes, levels, first_place = len(trees), [], 0
     for level in range(depth):
         offset, w = first.offset[level], width[level]
         alive = torch.zeros(lanes, w, dtype=torch.bool)
         parent, rank = (torch.zeros(lanes, w, dtype=torch.int64) for _ in range(2))
-        children = torch.zeros(lanes, w, ranks, dtype=torch.int64)
-        has_child = torch.zeros(lanes, w, ranks, dtype=torch.bool)
+        most = _ranks_under(trees, level) if host_knows else extent.ranks
+        children = torch.zeros(lanes, w, most, dtype=torch.int64)
+        has_child = torch.zeros(lanes, w, most, dtype=torch.bool)
         for lane, tree in enumerate(trees):
             for block in tree.blocks.values():
                 if block.level == level:
