@@ -22,7 +22,7 @@ from k1.data import load_data
 from k1.trainer import Trainer
 from k1env.run_folder import RunFolder
 from tests.phase2_helpers import (
-    EVALUATE,
+    MEASURE,
     PHASE_1,
     REPLAY,
     ROOT,
@@ -194,7 +194,7 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
         again("one", "--preset", "tiny", "--data", "{}/text", "--domains", "beta"),
         "was made with --domains alpha,beta,gamma, not beta: give the same options again",
     ),
-    "evaluate other data": (EVALUATE, ["{}/done", "--data", "{}/small"], "one"),
+    "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
 
@@ -348,7 +348,7 @@ def test_a_run_that_was_given_relative_paths_works_from_anywhere(
     assert call(REPLAY, tmp_path / "run", cwd=tmp_path).returncode == 0
     more = ("--run-dir", tmp_path / "run", "--resume", "--max-minutes", 1e-5)
     assert call(RUN, *more, "--data", "../text", cwd=place / "one").returncode == 0
-    done = call(EVALUATE, tmp_path / "run", "--json", cwd=tmp_path)
+    done = call(MEASURE, tmp_path / "run", "--json", cwd=tmp_path)
     assert set(json.loads(done.stdout)["bits_per_byte"]) == {"alpha", "beta", "gamma"}
 
 
