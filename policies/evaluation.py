@@ -241,7 +241,9 @@ def _worlds(plan: Plan, data: TextData | None) -> dict[str, Instance]:
         K1Error: if there is none, one does not exist, or they are of more than one set.
     """
     split = _split(plan)
-    every = instances(split) if data is None else instances_over(data.domains)[split]
+    every = instances(split)
+    if data is not None:
+        every = instances_over(data.domains)[split]
     by_name = {world.name: world for world in every}
     found: dict[str, Instance] = {}
     for name in plan.worlds:

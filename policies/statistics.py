@@ -17,6 +17,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
+_ROUNDING = 1e-12
 Sample = Sequence[Sequence[float]]
 """For each world, a value for each seed."""
 
@@ -106,8 +107,8 @@ def _bootstrap(units: list[float], seed: int) -> Estimate:
     centre = math.fsum(units) / len(units)
     if len(units) == 1:
         return Estimate(centre, math.nan, math.nan)
-    if min(units) == max(units):
-        return Estimate(centre, units[0], units[0])
+    if max(units) - min(units) <= _ROUNDING * max(1.0, abs(centre)):
+        return Estimate(centre, centre, centre)
     found = stats.bootstrap(
         (np.asarray(units),),
         np.mean,
