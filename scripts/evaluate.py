@@ -6,6 +6,7 @@ python scripts/evaluate.py --policies noop,heuristic,cosine --worlds test --seed
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,10 @@ def main(arguments: Arguments) -> int:
     with episodes_bar() as progress:
         done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
     result = compare_all(done.records, arguments.reference, arguments.pairs)
+    command = " ".join(["python", *sys.argv])
+    command = re.sub(r"--(json|markdown|plot|records)[ =]\S+", r"--\1 FILE", command)
     about = [
-        f"Command: `python {' '.join(sys.argv)}`.",
+        f"Command: `{command}`.",
         f"Preset {plan.preset}, {device}; {len(done.records)} of {done.planned} episodes.",
     ]
     if done.played:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -82,7 +81,11 @@ def main(arguments: Arguments) -> int:
     found = choose(done.records, settings)
     if found is None:
         raise K1Error("no world is finished by all settings: give more time, or fewer settings")
-    found = {**found, "command": " ".join(["python", *sys.argv]), "device": device}
+    command = f"python scripts/grid_search.py --preset {arguments.preset}"
+    command += f" --worlds {arguments.worlds} --seeds {arguments.seeds}"
+    for name, values in grid.items():
+        command += f" --{name.replace('_', '-')} {','.join(f'{value:g}' for value in values)}"
+    found = {**found, "command": f"{command} --device {device}"}
     if arguments.write:
         whole = {**known_statics(), arguments.preset: found}
         text = json.dumps(dict(sorted(whole.items())), indent=2) + "\n"
