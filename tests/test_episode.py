@@ -13,10 +13,11 @@ from k1env.env import Phase2Env
 from k1env.schedule import Evaluate, Task, Train
 from k1env.vector import Phase2VectorEnv
 from policies.contestants import ByPolicy
-from policies.episode import SHARES, Life, Meter, TimeUp, play
+from policies.episode import SHARES, TEST_WINDOWS, Life, Meter, TimeUp, play
+from policies.population import PopulationBasedTraining
 from policies.simple import CheatPolicy, NoopPolicy
 from tests.evaluation_helpers import arena_for, episode, short_world
-from tests.phase2_helpers import index_of
+from tests.phase2_helpers import index_of, quick
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,37 @@ def test_the_measured_system_is_the_one_before_the_share_is_passed(envs: Phase2V
 
     envs.run([spy(play(env, ByPolicy(NoopPolicy()), short_world(budget=20), 0))])
     assert steps == [2 * int(20 * share) for share in SHARES]
+
+
+def test_it_is_measured_on_many_windows_of_the_test_pool(envs: Phase2VectorEnv) -> None:
+    found = episode(envs, ByPolicy(NoopPolicy()))
+    env = envs.envs[0]
+    engine, main = env.session.engine, env.session.main
+    windows = TEST_WINDOWS * env.settings.system.train.eval_windows
+    assert windows == 8
+    for domain, row in found["bits"].items():
+        batch = engine.store.spread("test", domain, windows)
+        assert row[-1] == float(engine.bits_per_byte(main, main + 1, batch)[0])
+        few = engine.store.spread("test", domain, 2)
+        assert row[-1] != float(engine.bits_per_byte(main, main + 1, few)[0])
+
+
+def test_wide_lanes_give_the_same_episodes_to_rounding(
+    envs: Phase2VectorEnv, data: TextData
+) -> None:
+    wide = Phase2VectorEnv(
+        2, config=quick(), data=data, device="cpu", instance=short_world(), wide=True
+    )
+    world = short_world(budget=3)
+    found = []
+    for arena in (envs, wide):
+        rule = ByPolicy(NoopPolicy())
+        pairs = zip(arena.envs, (rule, PopulationBasedTraining(0)), strict=False)
+        found.append(arena.run([play(env, who, world, 0) for env, who in pairs]))
+    for one, other in zip(*found, strict=True):
+        assert one["flops"] == other["flops"]
+        for domain, row in one["bits"].items():
+            assert other["bits"][domain] == pytest.approx(row, rel=1e-3)
 
 
 def test_a_stopped_episode_keeps_its_last_figures(envs: Phase2VectorEnv) -> None:

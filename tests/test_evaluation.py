@@ -80,6 +80,15 @@ def test_time_that_is_up_leaves_what_is_finished(plan: Plan, tmp_path: Path) -> 
     assert len(file.read_text().splitlines()) == 1
 
 
+def test_by_default_worlds_bring_the_builtin_text_of_their_set(plan: Plan) -> None:
+    asked = replace(plan, data=None, worlds=("test",), policies=("noop",), num_envs=1)
+    found = evaluate(asked, max_seconds=0.0)
+    assert found.planned == 24
+    assert found.head["settings"]["instance"] == "test"
+    named = evaluate(replace(asked, data="builtin", worlds=("test/3",)), max_seconds=0.0)
+    assert (named.planned, named.head) == (1, found.head)
+
+
 def test_grid_search_chooses_the_setting_with_the_lowest_loss() -> None:
     settings = settings_of({"lr": (0.01, 0.001), "top_k": (3,), "cooldown": (0, 5)})
     assert list(settings) == [
