@@ -18,7 +18,8 @@ NOTES = (
     "and population members are charged; measuring on the test pool is not.",
     "`final` and `anytime`: bits per byte on the sealed test pool (lower is better), when the "
     "budget is spent and averaged over it. Domains count from when the stream brings them to a "
-    "system that is only trained on, so all controllers are measured on the same ones.",
+    "system that is only trained on, so all controllers are measured on the same ones. `final, "
+    "own`: over those that the episode's own stream got to, which differ between controllers.",
     "Interquartile means over worlds x seeds with stratified bootstrap 95 % intervals (seeds are "
     "resampled within worlds; with one seed, worlds are).",
     "Differences are means over worlds, paired by world and seed; their bootstrap 95 % intervals, "
@@ -74,16 +75,17 @@ def _main(result: dict[str, Any]) -> Table:
                 _marked(policy),
                 text_of(row["final"]),
                 text_of(row["anytime"]),
+                f"{row['final_seen'][0]:.3f}",
                 f"{row['compute']:.0%}",
                 *(_number(row[n], 1) for n in ("decisions", "stage", "tried", "refused")),
                 *(_number(row[n], d) for n, d in (("credited", 1), ("return", 1))),
             ]
         )
-    headers = ["policy", "final", "anytime", "compute", "decisions", "stage", "tried", "refused"]
+    headers = ["policy", "final", "anytime", "final, own", "compute", "decisions", "stage", "tried"]
     title = (
         f"test bits per byte of {result['episodes']} episodes each, in {result['worlds']} worlds"
     )
-    return Table(title, [*headers, "credited", "return"], rows)
+    return Table(title, [*headers, "refused", "credited", "return"], rows)
 
 
 def _against(rows: dict[str, Any], reference: str) -> Table:
