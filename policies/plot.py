@@ -9,6 +9,10 @@ from k1.errors import K1Error
 from policies.comparison import estimate
 from policies.episode import SHARES
 
+_COLOURS = 10
+"""Colours before matplotlib begins anew."""
+_STYLES = ("-", "--", ":")
+
 
 def check_plot(path: Path) -> None:
     """See that a picture can be drawn into a file, before anything takes time.
@@ -36,9 +40,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for policy, row in result["policies"].items():
+    for number, (policy, row) in enumerate(result["policies"].items()):
         points = [estimate(point) for point in row["curve"]]
-        axes.plot(SHARES, [p.value for p in points], label=policy)
+        style = _STYLES[number // _COLOURS % len(_STYLES)]
+        axes.plot(SHARES, [p.value for p in points], style, label=policy)
         axes.fill_between(SHARES, [p.low for p in points], [p.high for p in points], alpha=0.15)
     axes.set_xlabel("share of the budget of operations")
     axes.set_ylabel("test bits per byte (interquartile mean, 95 % interval)")
