@@ -33,3 +33,16 @@ def step_flops(config: Config, vocab_size: int, blocks: int, updated: float) -> 
     probe = config.update.probe_fraction / config.update.attribution_every
     paths = config.update.inner_steps * (3 * updated * block + head)
     return blocks * block + paths + probe * full
+
+
+def measuring_flops(config: Config, vocab_size: int, blocks: int, windows: int) -> float:
+    """Operations of measuring a tree's loss on windows of text: all blocks and the head, forward.
+
+    Args:
+        config: sizes.
+        vocab_size: width of the head.
+        blocks: living blocks, root included.
+        windows: how many windows of `model.context` tokens.
+    """
+    head = 2.0 * config.model.embed * vocab_size
+    return windows * config.model.context * (blocks * block_flops_per_token(config) + head)

@@ -55,6 +55,8 @@ class Evaluate:
     split: str
     domains: tuple[str, ...]
     """Domains to measure on; the answer has them in the data's order."""
+    windows: int | None = None
+    """Windows of each domain; the configuration's own number by default."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,13 @@ class Separate:
         """Answer each request, domain by domain."""
         answers: list[dict[str, float] | Exception] = [{} for _ in requests]
         store, windows = self.engine.store, self.engine.arena.config.train.eval_windows
-        for split in dict.fromkeys(r.split for r in requests):
-            same_split = [i for i, r in enumerate(requests) if r.split == split]
+        for split, own in dict.fromkeys((r.split, r.windows) for r in requests):
+            alike = [i for i, r in enumerate(requests) if (r.split, r.windows) == (split, own)]
             for domain in store.domains:
-                chosen = [i for i in same_split if domain in requests[i].domains]
+                chosen = [i for i in alike if domain in requests[i].domains]
                 if not chosen:
                     continue
-                batch = store.spread(split, domain, windows)
+                batch = store.spread(split, domain, windows if own is None else own)
                 lanes = [requests[i].lane for i in chosen]
                 found = self._measure([(lane, lane + 1, batch) for lane in lanes])
                 for i, bits in zip(chosen, found, strict=True):

@@ -213,7 +213,7 @@ class Session:
         self.arena["data_seed"][self.main] = derive_seed("phase 2", self.world.seed)
         self.trainer.set_mix(self.world.mix(0))
         self.agents_start = self.tree.agents
-        self.reference_flops = self._flops(self.main)
+        self.reference_flops = self.step_flops(self.main)
         self.bits = self.bits_start = yield self._evaluation
         self.visited = [self.moves.signature(self.main)]
         self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
@@ -403,13 +403,14 @@ class Session:
         if self.moves.signature(self.main) not in self.visited:
             self.visited.append(self.moves.signature(self.main))
 
-    def _flops(self, lane: int) -> float:
+    def step_flops(self, lane: int) -> float:
+        """Operations of a training step of a lane with its present tree and settings."""
         blocks = len(self.arena.trees[lane].blocks)
         updated = min(self.arena.host_top_k[lane], blocks - 1) + 1
         return step_flops(self.settings.system, self.data.vocab_size, blocks, updated)
 
     def _price(self, lane: int) -> float:
-        return self.settings.gate.compute_price * self._flops(lane) / self.reference_flops
+        return self.settings.gate.compute_price * self.step_flops(lane) / self.reference_flops
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that a later `restore` needs: tensors and plain JSON data."""

@@ -22,7 +22,7 @@ from k1env.env import Observation, Phase2Env
 from k1env.gate import Gate
 from k1env.instances import Instance
 from k1env.outcome import UNLOGGED, LedgerLike
-from k1env.schedule import Scheduler, Separate, Task
+from k1env.schedule import Scheduler, Separate, T, Task
 from k1env.session import Seat
 from k1env.settings import DEFAULT_INSTANCE, Settings
 from k1env.setup import Setup, set_up, settle
@@ -129,6 +129,14 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def action_masks(self) -> np.ndarray:
         """Which actions are possible: int8 [environments, actions]."""
         return np.stack([env.action_masks() for env in self.envs])
+
+    def run(self, tasks: Sequence[Task[T]]) -> list[T]:
+        """Run tasks side by side to their ends, such as episodes of the single environments.
+
+        A task uses `reset_task` and `step_task` of environments in `envs`, each environment in one
+        task at most; `reset` and `step` of this environment know nothing of such episodes.
+        """
+        return self._scheduler.run(tasks)
 
     # -- each environment ------------------------------------------------------------------------
 

@@ -117,11 +117,13 @@ class Wide:
         """Answer each request, domain by domain."""
         engine, answers = self.engine, [dict[str, float]() for _ in requests]
         windows = engine.arena.config.train.eval_windows
-        for split in dict.fromkeys(r.split for r in requests):
-            same_split = {r.lane: i for i, r in enumerate(requests) if r.split == split}
+        for split, own in dict.fromkeys((r.split, r.windows) for r in requests):
+            alike = {
+                r.lane: i for i, r in enumerate(requests) if (r.split, r.windows) == (split, own)
+            }
             for domain in engine.store.domains:
-                by_lane = {n: i for n, i in same_split.items() if domain in requests[i].domains}
-                batch = engine.store.spread(split, domain, windows)
+                by_lane = {n: i for n, i in alike.items() if domain in requests[i].domains}
+                batch = engine.store.spread(split, domain, windows if own is None else own)
                 for low, high in cover(list(by_lane), engine.arena.lanes):
                     bits = engine.bits_per_byte(low, high, batch).tolist()
                     for lane in range(low, high):

@@ -1,4 +1,4 @@
-"""Controllers to compare with: one does nothing, one does anything."""
+"""Controllers to compare with: one does nothing, others act at random."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class NoopPolicy:
         """Take a memory over: there is none."""
 
 
-class RandomPolicy:
-    """Draws uniformly from the possible actions, forbidden ones included."""
+class _Drawing:
+    """Draws actions; its memory is the state of its generator."""
 
     reason = "drawn at random"
 
@@ -38,7 +38,11 @@ class RandomPolicy:
 
     def act(self, observation: Observation, info: Mapping[str, Any]) -> int:
         """Draw an action."""
-        return int(self._generator.choice(np.flatnonzero(info["action_mask"])))
+        return int(self._generator.choice(np.flatnonzero(self._choices(info))))
+
+    def _choices(self, info: Mapping[str, Any]) -> np.ndarray:
+        """Which actions to draw from; at least one."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state."""
@@ -47,3 +51,33 @@ class RandomPolicy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a generator's state over."""
         self._generator.bit_generator.state = state["generator"]
+
+
+class RandomPolicy(_Drawing):
+    """Draws uniformly from the possible actions, forbidden ones included."""
+
+    def _choices(self, info: Mapping[str, Any]) -> np.ndarray:
+        return np.asarray(info["action_mask"])
+
+
+class RandomLegalPolicy(_Drawing):
+    """Draws uniformly from the possible actions that the present stage permits."""
+
+    def _choices(self, info: Mapping[str, Any]) -> np.ndarray:
+        return np.asarray(info["permitted_mask"])
+
+
+class CheatPolicy(_Drawing):
+    """Draws uniformly from the possible actions that are forbidden; trains on if there is none.
+
+    It is there to see that trying cheats again and again does not pay.
+    """
+
+    reason = "drawn from what is forbidden"
+
+    def _choices(self, info: Mapping[str, Any]) -> np.ndarray:
+        possible, permitted = np.asarray(info["action_mask"]), np.asarray(info["permitted_mask"])
+        forbidden = possible.astype(bool) & ~permitted.astype(bool)
+        if not forbidden.any():
+            forbidden[0] = True  # the no-op
+        return forbidden

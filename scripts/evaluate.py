@@ -1,61 +1,118 @@
-"""Evaluate a finished run or a checkpoint in bits per byte, on a held-out pool.
+"""Compare controllers: policies x worlds x seeds at equal compute, on the sealed test pool.
 
-python scripts/evaluate.py RUN --split test
+python scripts/evaluate.py --policies noop,heuristic,cosine --worlds test --seeds 3
 """
 
 from __future__ import annotations
 
-import json
+import math
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-import tyro
 
 from k1.cli import optional, run
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Evaluate a run, or a checkpoint of Phase 1, in bits per byte."""
+    """Compare controllers at equal compute, on the sealed test pool."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of run_phase2.py or train_phase1.py, or a checkpoint of the latter."""
-    split: str = "test"
-    """test (sealed until now: nothing in a run reads it) or validation."""
+    policies: Annotated[str | None, optional("A,B,...")] = None
+    """Controllers (default: all that need no training): noop, random, random-legal, cheat,
+    heuristic, constant, cosine, plateau, lookahead, static (if a search found one for the preset),
+    pbt, static:LR:TOP_K:COOLDOWN, or what run_phase2.py --policy takes."""
+    worlds: str = "test"
+    """A set of worlds (test or validation) or some of one: test/0,test/5."""
+    seeds: int = 1
+    """Episodes of each controller in each world."""
+    reference: str = "heuristic"
+    """The controller that others are compared with."""
+    pairs: bool = False
+    """Compare every two controllers."""
+    preset: str = "cpu"
+    """Sizes: tiny, cpu, gpu or paper."""
     data: Annotated[str | None, optional("SOURCE")] = None
-    """The text that the run was made on, where it has moved since."""
+    """Own text, over which worlds are drawn: a folder of <domain>/{train,validation,test}.txt."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    json: bool = False
-    """Print JSON."""
+    num_envs: Annotated[int | None, optional("N")] = None
+    """Episodes at once (default: 8, on a GPU 128)."""
+    records: Annotated[Path | None, optional("FILE")] = None
+    """Keep every finished episode as a line of JSON; what is there already is not repeated."""
+    max_minutes: Annotated[float | None, optional("M")] = None
+    """Break off after this many minutes and report what is finished."""
+    json: Annotated[Path | None, optional("FILE")] = None
+    """Write statistics and episodes."""
+    markdown: Annotated[Path | None, optional("FILE")] = None
+    """Write the tables as a section of a page."""
+    plot: Annotated[Path | None, optional("FILE")] = None
+    """Draw the anytime curves (needs the extra viz)."""
 
 
 def main(arguments: Arguments) -> int:
-    """Load the system, measure it, print a line per domain."""
-    from k1.checkpoint import latest_checkpoint
-    from k1.cli import prepare_torch
-    from k1.errors import K1Error
-    from k1.trainer import Trainer, pick_device
+    """Play what is missing, and report."""
+    from rich.console import Console
 
-    if arguments.split not in ("test", "validation"):
-        raise K1Error(f"unknown split {arguments.split!r}: choose test or validation")
+    from k1.cli import prepare_torch
+    from k1.durable import canonical_json, write_atomically
+    from k1.errors import K1Error
+    from k1.trainer import pick_device
+    from policies.comparison import compare_all
+    from policies.contestants import default_policies
+    from policies.evaluation import Plan, evaluate
+    from policies.plot import check_plot, plot
+    from policies.progress import episodes_bar
+    from policies.report import markdown, show
+
+    policies = default_policies(arguments.preset)
+    if arguments.policies is not None:
+        policies = tuple(arguments.policies.split(","))
+    limit = math.inf if arguments.max_minutes is None else arguments.max_minutes
+    if not limit > 0:
+        raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+    for path in (arguments.json, arguments.markdown, arguments.plot, arguments.records):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise K1Error(f"the folder of {path} does not exist: make it, or name another")
     device = pick_device(arguments.device).type
     prepare_torch(device)
-    if (arguments.run / "config.json").exists():
-        from k1env.runner import load_run
-
-        trainer = load_run(arguments.run, device, arguments.data).trainer
-    else:
-        newest = latest_checkpoint(arguments.run / "checkpoints")
-        trainer = Trainer.load(newest or arguments.run, arguments.data, device=device)
-    bits = trainer.evaluate(arguments.split)
-    if arguments.json:
-        print(json.dumps({"split": arguments.split, "bits_per_byte": bits}))
-        return 0
-    print(f"{arguments.split} bits per byte after {trainer.steps} steps")
-    for domain, value in bits.items():
-        print(f"  {domain:12} {value:.3f}")
+    plan = Plan(
+        policies=tuple(dict.fromkeys(policies)),
+        worlds=tuple(arguments.worlds.split(",")),
+        seeds=arguments.seeds,
+        preset=arguments.preset,
+        data=arguments.data,
+        device=device,
+        num_envs=arguments.num_envs or (8 if device == "cpu" else 128),
+    )
+    with episodes_bar() as progress:
+        done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
+    result = compare_all(done.records, arguments.reference, arguments.pairs)
+    command = " ".join(["python", *sys.argv])
+    command = re.sub(r"--(json|markdown|plot|records)[ =]\S+", r"--\1 FILE", command)
+    about = [
+        f"Command: `{command}`.",
+        f"Preset {plan.preset}, {device}; {len(done.records)} of {done.planned} episodes.",
+    ]
+    if done.played:
+        each = done.seconds / done.played
+        about.append(f"{done.played} episodes took {done.seconds:.0f} s, {each:.1f} s each.")
+    if arguments.json is not None:
+        whole = {**done.head, **result, "about": about, "records": done.records}
+        write_atomically(arguments.json, (canonical_json(whole) + "\n").encode())
+    if arguments.markdown is not None:
+        write_atomically(arguments.markdown, markdown(result, about).encode())
+    if arguments.plot is not None:
+        plot(result, arguments.plot)
+    console = Console()
+    show(result, console)
+    for line in about:
+        console.print(line, markup=False, highlight=False)
+    if not result["policies"]:
+        console.print("No world and seed is finished by all controllers yet.")
     return 0
 
 

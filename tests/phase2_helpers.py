@@ -25,8 +25,9 @@ from k1env.settings import Settings
 from tests.conftest import DOMAINS, markov_documents
 
 ROOT = Path(__file__).parent.parent
-RUN, REPLAY, PHASE_1, EVALUATE = (
-    ROOT / "scripts" / f"{name}.py" for name in ("run_phase2", "replay", "train_phase1", "evaluate")
+RUN, REPLAY, PHASE_1, MEASURE, EVALUATE, GRID = (
+    ROOT / "scripts" / f"{name}.py"
+    for name in ("run_phase2", "replay", "train_phase1", "measure", "evaluate", "grid_search")
 )
 QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)
 

@@ -23,6 +23,8 @@ from k1.trainer import Trainer
 from k1env.run_folder import RunFolder
 from tests.phase2_helpers import (
     EVALUATE,
+    GRID,
+    MEASURE,
     PHASE_1,
     REPLAY,
     ROOT,
@@ -148,6 +150,12 @@ def fresh(place: str = "text", **options: str) -> list[str]:
     return [word for name, value in words.items() for word in (f"--{name}", value)]
 
 
+def compared(**options: str) -> list[str]:
+    """A comparison with `tiny` on a folder, in one world."""
+    words = {"preset": "tiny", "data": "{}/text", "worlds": "test/0", "device": "cpu", **options}
+    return [word for name, value in words.items() for word in (f"--{name}", value)]
+
+
 def again(run: str, *more: str) -> list[str]:
     return ["--run-dir", f"{{}}/{run}", "--resume", *more]
 
@@ -194,7 +202,13 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
         again("one", "--preset", "tiny", "--data", "{}/text", "--domains", "beta"),
         "was made with --domains alpha,beta,gamma, not beta: give the same options again",
     ),
-    "evaluate other data": (EVALUATE, ["{}/done", "--data", "{}/small"], "one"),
+    "evaluate policy": (EVALUATE, compared(policies="noop,nope"), "unknown policy 'nope'"),
+    "evaluate world": (EVALUATE, compared(worlds="test/99"), "no instance 'test/99'"),
+    "evaluate minutes": (EVALUATE, compared(**{"max-minutes": "-1"}), "is not possible"),
+    "evaluate folder": (EVALUATE, compared(json="{}/nowhere/out.json"), "does not exist"),
+    "grid search numbers": (GRID, ["--preset", "tiny", "--lr", "1,x"], "give numbers"),
+    "grid search worlds": (GRID, ["--worlds", "test/0"], "on train worlds only"),
+    "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
 
@@ -348,7 +362,7 @@ def test_a_run_that_was_given_relative_paths_works_from_anywhere(
     assert call(REPLAY, tmp_path / "run", cwd=tmp_path).returncode == 0
     more = ("--run-dir", tmp_path / "run", "--resume", "--max-minutes", 1e-5)
     assert call(RUN, *more, "--data", "../text", cwd=place / "one").returncode == 0
-    done = call(EVALUATE, tmp_path / "run", "--json", cwd=tmp_path)
+    done = call(MEASURE, tmp_path / "run", "--json", cwd=tmp_path)
     assert set(json.loads(done.stdout)["bits_per_byte"]) == {"alpha", "beta", "gamma"}
 
 

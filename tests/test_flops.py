@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from k1.bench.timing import PRODUCTS
-from k1.flops import block_flops_per_token, step_flops
+from k1.flops import block_flops_per_token, measuring_flops, step_flops
 from tests.reference import small_config
 
 BLOCKS, PATH, VOCAB = 7, 3, 256
@@ -49,3 +49,13 @@ def test_the_formula_agrees_with_the_counter(make, update):
         tokens = config.train.batch * config.model.context
         formula -= PATH * block_flops_per_token(config) * tokens
     assert 1 <= counted(make, config) / formula < 1.06
+
+
+def test_the_formula_of_measuring_agrees_with_the_counter(make):
+    trainer = make(sizes(mode="dense"))
+    batch = trainer.engine.store.spread("validation", trainer.data.domains[0], 8)
+    counter = FlopCounterMode(display=False, custom_mapping=PRODUCTS)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        trainer.engine.bits_per_byte(0, 1, batch)
+    formula = measuring_flops(trainer.config, trainer.data.vocab_size, BLOCKS, 8)
+    assert 1 <= counter.get_total_flops() / formula < 1.06
