@@ -7,6 +7,7 @@ about, all other actions from what describes the whole. To permute slots is to p
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,7 @@ class Layout:
 def _layers(*widths: int) -> nn.Sequential:
     """Linear layers, each followed by tanh."""
     made: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in itertools.pairwise(widths):
         layer = nn.Linear(wide, narrow)
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
