@@ -289,7 +289,8 @@ def test_noop_does_nothing() -> None:
 
 def test_policies_by_name() -> None:
     wanted = {"heuristic": HeuristicPolicy, "random": RandomPolicy, "noop": NoopPolicy}
-    assert {name: type(make_policy(name, LABELS, seed=1)) for name in POLICIES} == wanted
+    untrained = [name for name in POLICIES if name != "ppo"]
+    assert {name: type(make_policy(name, LABELS, seed=1)) for name in untrained} == wanted
     with pytest.raises(K1Error, match="unknown policy 'magic': choose one of heuristic"):
         make_policy("magic", LABELS)
     info = Scene().info()
