@@ -44,7 +44,7 @@ class NetworkSizes:
     """Width of a domain's embedding."""
     whole: int = 96
     """Width of the vector that describes the whole."""
-    noop_bias: float = 3.0
+    noop_bias: float = 4.5
     """Logit that the no-op starts with. A trial costs many intervals, and most actions are trials:
     drawn uniformly, they would use the budget up before much is trained."""
     slot_bias: float = -2.0

@@ -1,0 +1,201 @@
+"""Training a controller: one that was killed gives the learning curve of one that was not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from rich.console import Console
+
+from k1.checkpoint import load_checkpoint
+from k1.errors import CheckpointError, K1Error
+from k1env.instances import SPLITS
+from policies import make_policy
+from policies.learned import load_controller
+from policies.network import NetworkSizes
+from policies.ppo_settings import PPOSettings
+from policies.training import ALL_STEPS, TIME_SPENT, Plan, Training, TrainingFolder
+from policies.training_display import TrainingDisplay
+from tests.phase2_helpers import prepare_run, quick, summary_of, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("training") / "text")
+
+
+@pytest.fixture(autouse=True)
+def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short episodes, and trees that fit into the arena of the tiny preset."""
+    monkeypatch.setattr("k1env.instances.BUDGET", (2, 3))
+    monkeypatch.setattr("k1env.instances.SHAPES", {s: ((2, 2),) for s in SPLITS})
+    monkeypatch.setattr("k1env.world.ROOM", (2, 2))
+
+
+def plan(text: Path, **fields: Any) -> Plan:
+    base = Plan(
+        settings=quick(phase1_steps=2),
+        ppo=PPOSettings(n_steps=3, minibatches=2, epochs=2, learning_rate=1e-2),
+        network=NetworkSizes(slot=8, domain=4, whole=16, noop_bias=2.0),
+        num_envs=2,
+        steps=24,
+        data=str(text),
+        eval_every=3,
+        eval_worlds=1,
+    )
+    return replace(base, **fields)
+
+
+def make(path: Path, chosen: Plan, **options: Any) -> Training:
+    config = {"plan": chosen.to_dict(), "tensorboard": False}
+    known = (path / "config.json").exists()
+    folder = TrainingFolder.open(path) if known else TrainingFolder.create(path, config, ["test"])
+    assert Plan.from_dict(folder.config["plan"]) == replace(chosen, steps=24)
+    display = TrainingDisplay(Console(quiet=True))
+    return Training(chosen, folder, display, **options)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The metrics, without what depends on the clock."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    clock = ("seconds", "steps_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def kill_in_update(training: Training, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End a training in the middle of collecting decisions, as a kill would."""
+    step, made = training.env.step_wait, 0
+
+    def dies() -> Any:
+        nonlocal made
+        made += 1
+        if made > 3 * (number - 1) + 1:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(training.env, "step_wait", dies)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_killed_training_goes_on_to_the_same_learning_curve(
+    wide: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = plan(text, wide=wide)
+    whole = make(tmp_path / "whole", chosen)
+    assert whole.run(resume=False)["stop_reason"] == ALL_STEPS
+    killed = make(tmp_path / "killed", chosen)
+    kill_in_update(killed, 4, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(resume=False, save_minutes=0)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    again = make(tmp_path / "killed", chosen)
+    again.run(resume=True)
+    rows = rows_of(tmp_path / "whole")
+    assert rows == rows_of(tmp_path / "killed")
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["validation"] is not None for row in rows] == [True, False, False, True, True]
+    assert sum(row["episodes"] for row in rows) > 2, "episodes end, and others begin"
+    assert sum(row["tried"] or 0 for row in rows) > 0, "trials are among what is repeated"
+    one, other = (t.model.policy.state_dict() for t in (whole, again))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for name in ("best", "last", "step-00000024"):
+        left, right = (
+            load_controller(tmp_path / path / "checkpoints" / name) for path in ("whole", "killed")
+        )
+        assert all(torch.equal(t, right.weights[n]) for n, t in left.weights.items())
+        assert left.about == right.about
+
+
+def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Path) -> None:
+    chosen = plan(text)
+    paused = make(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
+    assert (paused["stop_reason"], paused["updates"]) == (TIME_SPENT, 0)
+    on = make(tmp_path / "run", replace(chosen, steps=6)).run(resume=True)
+    assert (on["stop_reason"], on["steps"]) == (ALL_STEPS, 6)
+    on = make(tmp_path / "run", replace(chosen, steps=9)).run(resume=True)
+    assert (on["updates"], on["steps"]) == (2, 12)
+    assert summary_of(tmp_path / "run") == on
+    assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
+
+
+def test_the_state_is_of_one_training_and_one_text(text: Path, tmp_path: Path) -> None:
+    chosen = plan(text)
+    make(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
+    more = make(tmp_path / "run", chosen)
+    tensors, state = load_checkpoint(
+        tmp_path / "run" / "checkpoints" / "resume", kind="controller training"
+    )
+    from policies.training_state import restore_state
+
+    environments = state["training"]["environments"]["environments"]
+    with pytest.raises(CheckpointError, match="is of 1 environments, not 2"):
+        less = {**state["training"], "environments": {"environments": environments[:1]}}
+        restore_state(more.model, more.env, tensors, less)
+    with pytest.raises(CheckpointError, match="of another training or another version"):
+        restore_state(more.model, more.env, tensors, {**state["training"], "numpy": {}})
+    other = write_text(tmp_path / "other", size=4_000)
+    stranger = Training(replace(chosen, data=str(other)), more.folder, more.display)
+    with pytest.raises(K1Error, match="made with other text than what is found now"):
+        stranger.run(resume=True)
+
+
+def test_tensorboard_that_is_asked_for_has_to_be_there(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(K1Error, match=r'TensorBoard is not installed: pip install -e "\.\[tb\]"'):
+        make(tmp_path / "run", plan(text), tensorboard=True)
+
+
+def test_impossible_plans_are_refused(text: Path) -> None:
+    for field in ("num_envs", "steps", "eval_every", "eval_worlds"):
+        with pytest.raises(K1Error, match=f"{field} = 0 is not possible"):
+            plan(text, **{field: 0})
+
+
+def test_the_command_line(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.train_ppo")
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", *words])
+        arguments = tyro.cli(script.Arguments, config=(tyro.conf.OmitArgPrefixes,))
+        status: int = script.main(arguments)
+        return status
+
+    path = tmp_path / "ppo"
+    chosen = plan(text, steps=6, num_envs=2, eval_every=9)
+    config = {"plan": chosen.to_dict(), "tensorboard": False}
+    TrainingFolder.create(path, config, ["test"])
+    assert call("--run-dir", str(path), "--resume") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["validation", "update", "validation"]
+    assert "return" in lines[1] and "kl" in lines[1]
+    assert lines[-1] == f"use it: python scripts/run_phase2.py --policy {path}"
+    assert "tensorboard" in (path / "README.txt").read_text()
+    assert summary_of(path)["updates"] == 1
+    assert make_policy(str(path), ["no-op", "stop"]).state_dict().keys() == {"weights"}
+    with pytest.raises(K1Error, match="--seed cannot stand beside --resume"):
+        call("--run-dir", str(path), "--resume", "--seed=3")
+    strange = prepare_run(tmp_path / "phase2", text)
+    with pytest.raises(K1Error, match="is no folder of train_ppo"):
+        call("--run-dir", str(strange.path), "--resume")
+    with pytest.raises(K1Error, match="--resume needs the training to go on with"):
+        call("--resume")
+    with pytest.raises(K1Error, match="--max-minutes -1"):
+        call("--max-minutes", "-1")
+    began = ("--preset", "tiny", "--data", str(text), "--num-envs", "1", "--n-steps", "4")
+    assert call(*began, "--max-minutes", "0", "--run-dir", str(tmp_path / "new")) == 0
+    stored = Plan.from_dict(TrainingFolder.open(tmp_path / "new").config["plan"])
+    assert stored.ppo.n_steps == 4 and stored.data == str(text) and stored.steps == 100_000
