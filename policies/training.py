@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+
 from k1.checkpoint import load_checkpoint, save_checkpoint
 from k1.config import ModelConfig, read_dataclass
 from k1.data import TextData, load_data
@@ -18,11 +21,14 @@ from k1.errors import K1Error
 from k1env.actions import action_table
 from k1env.instances import Choice, InstanceSet, instances, instances_over
 from k1env.run_folder import RunFolder
+from k1env.sb3 import SB3VecEnv
 from k1env.settings import Settings
 from k1env.vector import Phase2VectorEnv
 from policies.learned import BEST, LAST, Controller, NetworkPolicy, save_controller
 from policies.network import NetworkSizes
+from policies.ppo import TrainingEnv, make_model
 from policies.ppo_settings import PPOSettings
+from policies.training_state import KIND, restore_state, take_state
 from policies.validation import Validation, validate
 
 RESUME = "resume"
@@ -116,9 +122,9 @@ class Display(Protocol):
 class Training:
     """A controller in training."""
 
-    def __init__(
-        self, plan: Plan, folder: TrainingFolder, display: Display, *, tensorboard: bool = False
-    ) -> None:
+    folder: TrainingFolder
+
+    def __init__(self, plan: Plan, display: Display, *, tensorboard: bool = False) -> None:
         """Make environments and algorithm; `run` trains.
 
         Raises:
@@ -127,10 +133,7 @@ class Training:
         """
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise K1Error('TensorBoard is not installed: pip install -e ".[tb]"')
-        from k1env.sb3 import SB3VecEnv
-        from policies.ppo import TrainingEnv, make_model
-
-        self.plan, self.folder, self.display = plan, folder, display
+        self.plan, self.display, self.tensorboard = plan, display, tensorboard
         text, train, validation = _worlds(plan)
         vec_env = _environments(plan, plan.num_envs, text, train)
         self.validation_env = _environments(plan, len(validation), text, validation)
@@ -143,7 +146,6 @@ class Training:
             seed=plan.seed,
             device=plan.device,
         )
-        self.model.set_logger(_logger(folder.path / "tensorboard" if tensorboard else None))
         self.data = vec_env.envs[0].data.fingerprint
         self.update = 0
         self.best: float | None = None
@@ -156,11 +158,17 @@ class Training:
         return self.seconds_before + time.monotonic() - self.began
 
     def run(
-        self, *, resume: bool, max_minutes: float | None = None, save_minutes: float = 5.0
+        self,
+        folder: TrainingFolder,
+        *,
+        resume: bool,
+        max_minutes: float | None = None,
+        save_minutes: float = 5.0,
     ) -> dict[str, Any]:
         """Train to the last step, or for so long; returns the summary, which is written too.
 
         Args:
+            folder: where everything about it is kept.
             resume: go on from the folder's state; without one, begin.
             max_minutes: pause before the update that would take longer than this.
             save_minutes: how often the state is saved, between updates.
@@ -168,13 +176,17 @@ class Training:
         Raises:
             K1Error: if the folder is in use or damaged.
         """
-        with self.folder.lock():
+        self.folder = folder
+        with folder.lock():
+            place = str(folder.path / "tensorboard")
+            formats = [TensorBoardOutputFormat(place)] if self.tensorboard else []
+            self.model.set_logger(Logger(None, [*formats]))
             state = self.folder.checkpoints_path / RESUME
             if resume and state.parent.is_dir() and _exists(state):
                 self._continue(state)
             else:
                 self.folder.truncate_metrics(0)
-            callback = _progress(self.display.advance, self.plan.num_envs)
+            callback = _Progress(self.display.advance, self.plan.num_envs)
             _, callback = self.model._setup_learn(self.plan.steps, callback, False)
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
@@ -280,8 +292,6 @@ class Training:
 
     def _save(self) -> None:
         """Save the newest weights, and the state to go on from."""
-        from policies.training_state import KIND, take_state
-
         save_controller(self.folder.checkpoints_path / LAST, self._about(None))
         tensors, state = take_state(self.model, self.env)
         self.folder.sync_metrics()
@@ -297,8 +307,6 @@ class Training:
         save_checkpoint(place, tensors, {"training": state, **more}, kind=KIND)
 
     def _continue(self, place: Path) -> None:
-        from policies.training_state import KIND, restore_state
-
         tensors, state = load_checkpoint(place, kind=KIND)
         if state["data"] != self.data:
             raise K1Error(
@@ -343,23 +351,16 @@ def _environments(plan: Plan, count: int, text: TextData | None, worlds: Any) ->
     )
 
 
-def _logger(path: Path | None) -> Any:
-    from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+class _Progress(BaseCallback):
+    """Tells how many decisions are made."""
 
-    return Logger(None, [] if path is None else [TensorBoardOutputFormat(str(path))])
+    def __init__(self, advance: Callable[[int], None], environments: int) -> None:
+        super().__init__()
+        self._advance, self._environments = advance, environments
 
-
-def _progress(advance: Callable[[int], None], environments: int) -> Any:
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    class Progress(BaseCallback):
-        """Tells how many decisions are made."""
-
-        def _on_step(self) -> bool:
-            advance(environments)
-            return True
-
-    return Progress()
+    def _on_step(self) -> bool:
+        self._advance(self._environments)
+        return True
 
 
 def _mean(values: list[float]) -> float | None:

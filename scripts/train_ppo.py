@@ -16,7 +16,7 @@ from k1.cli import INTERRUPTED, optional, run
 from policies.ppo_settings import PPOSettings
 
 if TYPE_CHECKING:
-    from policies.training import Plan
+    from policies.training import Plan, TrainingFolder
 
 OF_A_RESUME = ("--resume", "--run-dir", "--steps", "--max-minutes", "--save-minutes")
 """Options that may stand beside --resume; all others are the run's own."""
@@ -74,30 +74,25 @@ def main(arguments: Arguments) -> int:
     from policies.training_display import TrainingDisplay
 
     if arguments.resume:
-        if arguments.run_dir is None:
-            raise K1Error("--resume needs the training to go on with: name it by --run-dir")
-        folder = TrainingFolder.open(arguments.run_dir)
-        if "plan" not in folder.config:
-            raise K1Error(f"{folder.path} is no folder of train_ppo.py; check the path")
+        folder = _open(arguments)
         plan = Plan.from_dict(folder.config["plan"])
-        tensorboard = folder.config["tensorboard"]
         if arguments.steps is not None:
             plan = replace(plan, steps=arguments.steps)
-        prepare_torch(plan.device)
-        training = Training(plan, folder, display := TrainingDisplay(), tensorboard=tensorboard)
+        tensorboard = folder.config["tensorboard"]
     else:
-        plan, path = _plan(arguments), arguments.run_dir
-        prepare_torch(plan.device)
-        path = path or Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
-        config = {"plan": plan.to_dict(), "tensorboard": arguments.tensorboard}
+        plan, tensorboard = _plan(arguments), arguments.tensorboard
+    prepare_torch(plan.device)
+    display = TrainingDisplay()
+    training = Training(plan, display, tensorboard=tensorboard)
+    if not arguments.resume:  # a mistake in the options leaves no folder behind
+        path = arguments.run_dir or Path("runs") / time.strftime("ppo-%Y%m%d-%H%M%S")
+        config = {"plan": plan.to_dict(), "tensorboard": tensorboard}
         folder = TrainingFolder.create(path, config, [sys.executable, *sys.argv])
-        training = Training(
-            plan, folder, display := TrainingDisplay(), tensorboard=arguments.tensorboard
-        )
     again = f"python scripts/train_ppo.py --run-dir {folder.path} --resume"
     try:
         with display:
             summary = training.run(
+                folder,
                 resume=arguments.resume,
                 max_minutes=arguments.max_minutes,
                 save_minutes=arguments.save_minutes,
@@ -109,6 +104,19 @@ def main(arguments: Arguments) -> int:
     print(f"go on: {again} --steps N")
     print(f"use it: python scripts/run_phase2.py --policy {folder.path}")
     return 0
+
+
+def _open(arguments: Arguments) -> TrainingFolder:
+    """Open the folder of the training to go on with."""
+    from k1.errors import K1Error
+    from policies.training import TrainingFolder
+
+    if arguments.run_dir is None:
+        raise K1Error("--resume needs the training to go on with: name it by --run-dir")
+    folder = TrainingFolder.open(arguments.run_dir)
+    if "plan" not in folder.config:
+        raise K1Error(f"{folder.path} is no folder of train_ppo.py; check the path")
+    return folder
 
 
 def _plan(arguments: Arguments) -> Plan:

@@ -54,13 +54,20 @@ def plan(text: Path, **fields: Any) -> Plan:
     return replace(base, **fields)
 
 
-def make(path: Path, chosen: Plan, **options: Any) -> Training:
-    config = {"plan": chosen.to_dict(), "tensorboard": False}
-    known = (path / "config.json").exists()
-    folder = TrainingFolder.open(path) if known else TrainingFolder.create(path, config, ["test"])
-    assert Plan.from_dict(folder.config["plan"]) == replace(chosen, steps=24)
-    display = TrainingDisplay(Console(quiet=True))
-    return Training(chosen, folder, display, **options)
+class Started:
+    """A training and its folder, which is made if it is not there yet."""
+
+    def __init__(self, path: Path, chosen: Plan) -> None:
+        if (path / "config.json").exists():
+            self.folder = TrainingFolder.open(path)
+        else:
+            config = {"plan": chosen.to_dict(), "tensorboard": False}
+            self.folder = TrainingFolder.create(path, config, ["test"])
+        assert Plan.from_dict(self.folder.config["plan"]) == replace(chosen, steps=24)
+        self.training = Training(chosen, TrainingDisplay(Console(quiet=True)))
+
+    def run(self, **options: Any) -> dict[str, Any]:
+        return self.training.run(self.folder, **options)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -89,15 +96,15 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
     wide: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = plan(text, wide=wide)
-    whole = make(tmp_path / "whole", chosen)
+    whole = Started(tmp_path / "whole", chosen)
     assert whole.run(resume=False)["stop_reason"] == ALL_STEPS
-    killed = make(tmp_path / "killed", chosen)
-    kill_in_update(killed, 4, monkeypatch)
+    killed = Started(tmp_path / "killed", chosen)
+    kill_in_update(killed.training, 4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         killed.run(resume=False, save_minutes=0)
     np.random.seed(99)
     torch.manual_seed(99)
-    again = make(tmp_path / "killed", chosen)
+    again = Started(tmp_path / "killed", chosen)
     again.run(resume=True)
     rows = rows_of(tmp_path / "whole")
     assert rows == rows_of(tmp_path / "killed")
@@ -105,7 +112,7 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
     assert [row["validation"] is not None for row in rows] == [True, False, False, True, True]
     assert sum(row["episodes"] for row in rows) > 2, "episodes end, and others begin"
     assert sum(row["tried"] or 0 for row in rows) > 0, "trials are among what is repeated"
-    one, other = (t.model.policy.state_dict() for t in (whole, again))
+    one, other = (t.training.model.policy.state_dict() for t in (whole, again))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     for name in ("best", "last", "step-00000024"):
@@ -118,11 +125,11 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
 
 def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Path) -> None:
     chosen = plan(text)
-    paused = make(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
+    paused = Started(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
     assert (paused["stop_reason"], paused["updates"]) == (TIME_SPENT, 0)
-    on = make(tmp_path / "run", replace(chosen, steps=6)).run(resume=True)
+    on = Started(tmp_path / "run", replace(chosen, steps=6)).run(resume=True)
     assert (on["stop_reason"], on["steps"]) == (ALL_STEPS, 6)
-    on = make(tmp_path / "run", replace(chosen, steps=9)).run(resume=True)
+    on = Started(tmp_path / "run", replace(chosen, steps=9)).run(resume=True)
     assert (on["updates"], on["steps"]) == (2, 12)
     assert summary_of(tmp_path / "run") == on
     assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
@@ -130,8 +137,9 @@ def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Pa
 
 def test_the_state_is_of_one_training_and_one_text(text: Path, tmp_path: Path) -> None:
     chosen = plan(text)
-    make(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
-    more = make(tmp_path / "run", chosen)
+    Started(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
+    started = Started(tmp_path / "run", chosen)
+    more = started.training
     tensors, state = load_checkpoint(
         tmp_path / "run" / "checkpoints" / "resume", kind="controller training"
     )
@@ -144,17 +152,17 @@ def test_the_state_is_of_one_training_and_one_text(text: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="of another training or another version"):
         restore_state(more.model, more.env, tensors, {**state["training"], "numpy": {}})
     other = write_text(tmp_path / "other", size=4_000)
-    stranger = Training(replace(chosen, data=str(other)), more.folder, more.display)
+    stranger = Training(replace(chosen, data=str(other)), more.display)
     with pytest.raises(K1Error, match="made with other text than what is found now"):
-        stranger.run(resume=True)
+        stranger.run(started.folder, resume=True)
 
 
 def test_tensorboard_that_is_asked_for_has_to_be_there(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(K1Error, match=r'TensorBoard is not installed: pip install -e "\.\[tb\]"'):
-        make(tmp_path / "run", plan(text), tensorboard=True)
+        Training(plan(text), TrainingDisplay(), tensorboard=True)
 
 
 def test_impossible_plans_are_refused(text: Path) -> None:
@@ -195,7 +203,13 @@ def test_the_command_line(
         call("--resume")
     with pytest.raises(K1Error, match="--max-minutes -1"):
         call("--max-minutes", "-1")
-    began = ("--preset", "tiny", "--data", str(text), "--num-envs", "1", "--n-steps", "4")
-    assert call(*began, "--max-minutes", "0", "--run-dir", str(tmp_path / "new")) == 0
+    began = ("--preset", "tiny", "--data", str(text), "--num-envs", "2", "--eval-worlds", "1")
+    with pytest.raises(K1Error, match="minibatches = 3 does not cut 8 decisions"):
+        call(*began, "--n-steps", "4", "--minibatches", "3", "--run-dir", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    assert (
+        call(*began, "--n-steps", "4", "--max-minutes", "0", "--run-dir", str(tmp_path / "new"))
+        == 0
+    )
     stored = Plan.from_dict(TrainingFolder.open(tmp_path / "new").config["plan"])
     assert stored.ppo.n_steps == 4 and stored.data == str(text) and stored.steps == 100_000
