@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k1.checkpoint import load_checkpoint, save_checkpoint
+from k1.checkpoint import checkpoint_exists, load_checkpoint, save_checkpoint
 from k1.config import read_dataclass
 from k1.errors import CheckpointError
 from policies.base import Observation
@@ -73,7 +73,7 @@ def load_controller(folder: Path) -> Controller:
     """
     inside = folder / "checkpoints"
     if inside.is_dir():
-        folder = inside / (BEST if (inside / BEST).is_dir() else LAST)
+        folder = inside / (BEST if checkpoint_exists(inside / BEST) else LAST)
     weights, state = load_checkpoint(folder, kind=KIND)
     try:
         actions, about = state["actions"], dict(state["about"])

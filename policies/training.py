@@ -14,7 +14,12 @@ from typing import Any, Protocol
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
-from k1.checkpoint import load_checkpoint, save_checkpoint
+from k1.checkpoint import (
+    checkpoint_exists,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
 from k1.config import ModelConfig, read_dataclass
 from k1.data import TextData, load_data
 from k1.errors import K1Error
@@ -182,7 +187,8 @@ class Training:
             formats = [TensorBoardOutputFormat(place)] if self.tensorboard else []
             self.model.set_logger(Logger(None, [*formats]))
             state = self.folder.checkpoints_path / RESUME
-            if resume and state.parent.is_dir() and _exists(state):
+            remove_leftovers(state.parent)
+            if resume and checkpoint_exists(state):
                 self._continue(state)
             else:
                 self.folder.truncate_metrics(0)
@@ -317,11 +323,6 @@ class Training:
         self.folder.truncate_metrics(state["metrics_lines"])
         self.update, self.best = state["update"], state["best"]
         self.recent, self.seconds_before = list(state["recent"]), state["seconds"]
-
-
-def _exists(checkpoint: Path) -> bool:
-    """Whether there is a checkpoint, if need be under the name that a crash left it by."""
-    return checkpoint.exists() or checkpoint.with_name(f".{checkpoint.name}.old").exists()
 
 
 def _worlds(plan: Plan) -> tuple[TextData | None, Choice, tuple[Any, ...]]:

@@ -102,6 +102,7 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
     kill_in_update(killed.training, 4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         killed.run(resume=False, save_minutes=0)
+    (tmp_path / "killed" / "checkpoints" / ".resume.tmp-0123abcd").mkdir()
     np.random.seed(99)
     torch.manual_seed(99)
     again = Started(tmp_path / "killed", chosen)
@@ -115,6 +116,8 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
     one, other = (t.training.model.policy.state_dict() for t in (whole, again))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    names = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert names == {"best", "last", "resume", "step-00000000", "step-00000018", "step-00000024"}
     for name in ("best", "last", "step-00000024"):
         left, right = (
             load_controller(tmp_path / path / "checkpoints" / name) for path in ("whole", "killed")
