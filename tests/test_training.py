@@ -17,13 +17,15 @@ from rich.console import Console
 
 from k1.checkpoint import load_checkpoint
 from k1.errors import CheckpointError, K1Error
+from k1env.env import Phase2Env
 from k1env.instances import SPLITS
 from policies import make_policy
-from policies.learned import load_controller
-from policies.network import NetworkSizes
+from policies.learned import NetworkPolicy, load_controller
+from policies.network import WHOLE_ACTIONS, NetworkSizes
 from policies.ppo_settings import PPOSettings
 from policies.training import ALL_STEPS, TIME_SPENT, Plan, Training, TrainingFolder
 from policies.training_display import TrainingDisplay
+from policies.validation import Validation, validate
 from tests.phase2_helpers import prepare_run, quick, summary_of, write_text
 
 
@@ -42,7 +44,7 @@ def small_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(text: Path, **fields: Any) -> Plan:
     base = Plan(
-        settings=quick(phase1_steps=2),
+        settings=quick(gate={"seeds": 2, "group": 2}, phase1_steps=2),
         ppo=PPOSettings(n_steps=3, minibatches=2, epochs=2, learning_rate=1e-2),
         network=NetworkSizes(slot=8, domain=4, whole=16, noop_bias=2.0),
         num_envs=2,
@@ -124,6 +126,32 @@ def test_a_killed_training_goes_on_to_the_same_learning_curve(
         )
         assert all(torch.equal(t, right.weights[n]) for n, t in left.weights.items())
         assert left.about == right.about
+
+
+def test_validation_plays_whole_episodes_as_single_environments_do(text: Path) -> None:
+    training = Training(plan(text), TrainingDisplay(Console(quiet=True)))
+    network = training.model.policy.network
+    with torch.no_grad():  # so that it does something
+        network.actor.whole_head.bias[:] = torch.linspace(2, 0, len(WHOLE_ACTIONS))
+        network.actor.whole_head.bias[0] = 0
+    policy = NetworkPolicy(network)
+    envs = training.validation_env
+    found = validate(envs, policy, [5])
+    assert validate(envs, policy, [5]) == found, "always the same"
+    world = envs.envs[0].session.world.instance
+    assert world is not None
+    single = Phase2Env(config=plan(text).settings, data=envs.envs[0].data, instance=world)
+    observation, info = single.reset(seed=5)
+    total, over = 0.0, False
+    while not over:
+        action = policy.act(observation, info)
+        observation, reward, ended, truncated, info = single.step(action)
+        total, over = total + reward, ended or truncated
+    session = single.session
+    met = session.world.domains[: session.world.phase(session.decision - 1) + 1]
+    bits = sum(session.bits[domain] for domain in met) / len(met)
+    assert session.boundary.attempted > 0
+    assert found == Validation(total, bits, session.decision, 1, worlds=1)
 
 
 def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Path) -> None:
