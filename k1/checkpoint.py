@@ -35,6 +35,7 @@ _MANIFEST = "manifest.json"
 _CONTENTS = (_TENSORS, _STATE)
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(?:tmp-[0-9a-f]+|old)")
+_HALF_WRITTEN = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _GO_BACK = "resume from an earlier checkpoint, or start the run anew"
 
 
@@ -121,6 +122,27 @@ def load_checkpoint(
     return {name: tensor.to(device, copy=True) for name, tensor in stored.items()}, state
 
 
+def checkpoint_exists(folder: Path) -> bool:
+    """Says whether `load_checkpoint` would find a folder, be it by the name a crash left it by."""
+    return _where_it_is(Path(folder).resolve()).is_dir()
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Deletes what crashes left of checkpoints half written, whatever their names.
+
+    Only the process that writes the checkpoints may call it.
+
+    Args:
+        parent: The folder that holds the checkpoints; it need not exist.
+
+    Raises:
+        CheckpointError: A folder cannot be listed or deleted.
+    """
+    for path in _list(Path(parent)):
+        if _HALF_WRITTEN.fullmatch(path.name) and path.is_dir():
+            _delete(path)
+
+
 def latest_checkpoint(parent: Path) -> Path | None:
     """Finds the newest complete checkpoint among the `step-XXXXXXXX` folders.
 
@@ -167,12 +189,16 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
     for path in sorted(ours):
         if path in needed:
             continue
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot delete {path}: {error.strerror or error}; delete it by hand"
-            ) from error
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot delete {path}: {error.strerror or error}; delete it by hand"
+        ) from error
 
 
 def _refuse_to_replace_strangers(folder: Path) -> None:

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from k1.arena import LaneState
 from k1.data import TextData
 from k1.errors import K1Error
-from k1env.instances import Instance
+from k1env.instances import Choice, Instance
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
 from k1env.schedule import Task
@@ -85,7 +85,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     preset, its router is taken over; all else has to fit), `device` is auto, cpu or cuda, `ledger`
     logs decisions, `render_mode` is ansi, human or rgb_array. `instance` is a
     `k1env.instances.Instance`, the name of one ("train/17"), or a set to draw from at each reset by
-    its seed ("train", "validation", "test"); the default is `Settings.instance`.
+    its seed ("train", "validation", "test", or a `k1env.instances.InstanceSet`); the default is
+    `Settings.instance`.
 
     ## Version history
     * v0: initial version.
@@ -106,7 +107,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         device: str = "auto",
         ledger: LedgerLike | None = None,
         render_mode: str | None = None,
-        instance: Instance | str | None = None,
+        instance: Choice | None = None,
     ) -> None:
         """Load the text and lay out the spaces; nothing is trained before `reset`.
 

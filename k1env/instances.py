@@ -114,6 +114,23 @@ class Instance:
                 raise ConfigError(f"instance {self.name!r}: {name} = {value!r} is not possible")
 
 
+@dataclass(frozen=True)
+class InstanceSet:
+    """Worlds to draw from, beside the sets of the file."""
+
+    name: str
+    """For people, and part of what the draw depends on."""
+    worlds: tuple[Instance, ...]
+
+    def draw(self, seed: int) -> Instance:
+        """Draw a world: the same seed, the same world."""
+        return self.worlds[derive_seed("world of a set", self.name, seed) % len(self.worlds)]
+
+
+Choice = Instance | InstanceSet | str
+"""The worlds of episodes: one, a set to draw from by seed, the name of either, or "default"."""
+
+
 @cache
 def _sets() -> dict[str, tuple[Instance, ...]]:
     data = json.loads(FILE.read_text(encoding="utf-8"))
@@ -143,8 +160,7 @@ def sample_instance(split: str, seed: int) -> Instance:
     Raises:
         ConfigError: if there is no such set.
     """
-    worlds = instances(split)
-    return worlds[derive_seed("world of a set", split, seed) % len(worlds)]
+    return InstanceSet(split, instances(split)).draw(seed)
 
 
 def find_instance(name: str, seed: int) -> Instance:

@@ -23,7 +23,7 @@ _METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 _SUMMARY = "summary.json"
 _LOCK = "run.lock"
-_PACKAGES = ("torch", "numpy", "gymnasium", "k1")
+_PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "k1")
 
 _README_TEXT = f"""\
 This folder holds one run of K-1. Each file, in the order in which a run writes them:
@@ -48,7 +48,10 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        readme: What a new folder tells about its files.
     """
+
+    readme = _README_TEXT
 
     def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
         self.path = path
@@ -86,7 +89,7 @@ class RunFolder:
                 folder.refuse_to_mix()
                 write_atomically(path / _CONFIG, _pretty(record))
                 folder.checkpoints_path.mkdir(exist_ok=True)
-                write_atomically(path / _README, _README_TEXT.encode())
+                write_atomically(path / _README, cls.readme.encode())
         except OSError as error:
             raise K1Error(
                 f"cannot start a run in {path}: {error.strerror or error}; choose another --run-dir"

@@ -43,7 +43,7 @@ from k1env.gate import (
     TrialResult,
 )
 from k1env.guard import DivergenceGuard
-from k1env.instances import Instance
+from k1env.instances import Choice
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
 from k1env.schedule import Claim, Evaluate, Scheduler, Separate, Task, Train
@@ -83,7 +83,7 @@ class Session:
         device: torch.device | str = "cpu",
         ledger: LedgerLike | None = None,
         start: LaneState | None = None,
-        instance: Instance | str | None = None,
+        instance: Choice | None = None,
         seat: Seat | None = None,
     ) -> None:
         """Set the world up; `begin` runs Phase 1 and starts Phase 2.
@@ -125,7 +125,7 @@ class Session:
         """The system as Phase 1 left it, if it is kept."""
         self.rebind(seed)
 
-    def rebind(self, seed: int, instance: Instance | str | None = None) -> None:
+    def rebind(self, seed: int, instance: Choice | None = None) -> None:
         """Choose another seed, and with it another world; `begin` comes next.
 
         Raises:

@@ -12,7 +12,7 @@ from k1.config import ModelConfig
 from k1.data import TextData, load_data
 from k1.errors import CheckpointError, K1Error
 from k1.trainer import Trainer, pick_device
-from k1env.instances import Instance
+from k1env.instances import Choice
 from k1env.settings import DEFAULT_INSTANCE, Settings
 from k1env.world import text_of, with_room
 
@@ -26,7 +26,7 @@ class Setup:
     device: torch.device
     start: LaneState | None
     """A trained system to start from, in place of Phase 1."""
-    instance: Instance | str
+    instance: Choice
     """The worlds of its episodes: an instance, its name, a set or "default"."""
 
 
@@ -37,7 +37,7 @@ def set_up(
     config: Settings | None,
     start: str | Path | None,
     device: str,
-    instance: Instance | str | None = None,
+    instance: Choice | None = None,
 ) -> Setup:
     """Load what the arguments of an environment name (see `k1env.env.Phase2Env`).
 
@@ -68,7 +68,7 @@ def set_up(
     return Setup(settings, data, where, lane, chosen)
 
 
-def settle(settings: Settings, choice: Instance | str | None) -> tuple[Settings, Instance | str]:
+def settle(settings: Settings, choice: Choice | None) -> tuple[Settings, Choice]:
     """Return settings that suit a choice of worlds, and the choice itself: by default theirs."""
     if isinstance(choice, str):
         settings = replace(settings, instance=choice)

@@ -1,19 +1,25 @@
-"""Snapshots of a session: what undo, forks and checkpoints are made of."""
+"""Snapshots of sessions and environments: what undo, forks and checkpoints are made of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from k1.arena import LaneState
+from k1.config import read_dataclass
 from k1.errors import CheckpointError
 from k1env.autonomy import Autonomy
 from k1env.boundary import Boundary
+from k1env.instances import Instance
 from k1env.outcome import Outcome
+from k1env.settings import DEFAULT_INSTANCE
 
 if TYPE_CHECKING:
+    from k1env.env import Phase2Env
     from k1env.session import Session
 
 _PLAIN = (
@@ -27,6 +33,7 @@ _PLAIN = (
     "stop_reason",
     "stop_criteria",
 )
+_OTHER = "the checkpoint is of another version of K-1 ({}): resume with that one"
 
 
 def take_snapshot(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,7 +83,61 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
         session.guard.load_dict(state["guard"], best)
         last = state["last"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the checkpoint is of another version of K-1 ({error}): resume with that one"
-        ) from None
+        raise CheckpointError(_OTHER.format(error)) from None
     session.last = Outcome.from_dict(last) if last else None
+
+
+def take_vector_snapshot(
+    envs: Sequence[Phase2Env], ended: np.ndarray
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return everything that `restore_vector_snapshot` needs: tensors and plain JSON data.
+
+    Args:
+        envs: environments that live side by side.
+        ended: which of them wait for a reset, bool [environments].
+    """
+    tensors: dict[str, Tensor] = {}
+    states = []
+    for number, env in enumerate(envs):
+        own, session = env.session.snapshot()
+        tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+        world = env.session.world.instance
+        states.append(
+            {
+                "seed": env.session.seed,
+                "instance": None if world is None else asdict(world),
+                "session": session,
+                "generator": env.np_random.bit_generator.state,
+                "ended": bool(ended[number]),
+            }
+        )
+    return tensors, {"environments": states}
+
+
+def restore_vector_snapshot(
+    envs: Sequence[Phase2Env], tensors: dict[str, Tensor], state: dict[str, Any]
+) -> np.ndarray:
+    """Bring environments back to a snapshot; returns which of them wait for a reset.
+
+    Raises:
+        CheckpointError: if it belongs to another configuration, or to more or fewer environments.
+    """
+    own: list[dict[str, Tensor]] = [{} for _ in envs]
+    try:
+        states = state["environments"]
+        if len(states) != len(envs):
+            raise CheckpointError(
+                f"the checkpoint is of {len(states)} environments, not {len(envs)}: make as many"
+            )
+        for name, tensor in tensors.items():
+            number, _, rest = name.partition(".")
+            own[int(number)][rest] = tensor
+        for env, mine, saved in zip(envs, own, states, strict=True):
+            entry = saved["instance"]
+            world = None if entry is None else read_dataclass(Instance, entry, "instance")
+            env.session.rebind(saved["seed"], DEFAULT_INSTANCE if world is None else world)
+            env.session.restore(mine, saved["session"])
+            env.np_random.bit_generator.state = saved["generator"]
+        return np.array([saved["ended"] for saved in states], dtype=np.bool_)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(_OTHER.format(error)) from None

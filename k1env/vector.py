@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from torch import Tensor
 
 from k1.config import Config
 from k1.data import TextData
@@ -20,12 +21,13 @@ from k1.errors import K1Error
 from k1.trainer import Trainer
 from k1env.env import Observation, Phase2Env
 from k1env.gate import Gate
-from k1env.instances import Instance
+from k1env.instances import Choice
 from k1env.outcome import UNLOGGED, LedgerLike
 from k1env.schedule import Scheduler, Separate, T, Task
 from k1env.session import Seat
 from k1env.settings import DEFAULT_INSTANCE, Settings
 from k1env.setup import Setup, set_up, settle
+from k1env.snapshot import restore_vector_snapshot, take_vector_snapshot
 from k1env.wide import Wide
 from k1env.world import text_of
 
@@ -87,7 +89,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         spare_lanes: int | None = None,
         wide: bool | None = None,
         render_mode: None = None,
-        instance: Instance | str | Sequence[Instance | str] | None = None,
+        instance: Choice | Sequence[Choice] | None = None,
     ) -> None:
         """Load the text and lay out the lanes; nothing is trained before `reset`.
 
@@ -144,7 +146,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self,
         seeds: Sequence[int | None],
         chosen: Sequence[int] | None = None,
-        instance: Instance | str | Sequence[Instance | str | None] | None = None,
+        instance: Choice | Sequence[Choice | None] | None = None,
     ) -> dict[int, tuple[Observation, dict[str, Any]]]:
         """Start episodes; returns each environment's observation and info, by its number.
 
@@ -207,6 +209,38 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         final = observation, info
         observation, info = yield from env.reset_task()
         return Stepped(observation, reward, terminated, truncated, info, final)
+
+    # -- states ----------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Make lanes that nobody uses copies of the first environment's.
+
+        Wide calls come across them, and their trees are among what decides how values are padded,
+        and so about last bits. After this, the course depends on nothing but `snapshot`.
+        """
+        envs = [env.session for env in self.envs]
+        used = {env.main for env in envs} | {env.shadow for env in envs if env.shadow_diverged}
+        first = envs[0]
+        idle = [lane for lane in range(first.arena.lanes) if lane not in used]
+        first.arena.copy_lane(first.main, *idle)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that a later `restore` needs: tensors and plain JSON data.
+
+        To go on in the same way to the last bit where calls are wide, call `settle` before.
+        """
+        return take_vector_snapshot(self.envs, self._ended)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a snapshot of as many environments with the same settings and text.
+
+        Raises:
+            CheckpointError: if it belongs to others.
+        """
+        self._observations = [None] * self.num_envs
+        self._ended = restore_vector_snapshot(self.envs, tensors, state)
+        self._observations = [env.observe()[0] for env in self.envs]
+        self.settle()
 
     # -- Gymnasium -------------------------------------------------------------------------------
 

@@ -12,7 +12,15 @@ from typing import Any
 from k1.config import ModelConfig
 from k1.errors import ConfigError
 from k1.rng import derive_seed
-from k1env.instances import MOST_DOMAINS, ROOM, Instance, domains_of, find_instance
+from k1env.instances import (
+    MOST_DOMAINS,
+    ROOM,
+    Choice,
+    Instance,
+    InstanceSet,
+    domains_of,
+    find_instance,
+)
 from k1env.settings import DEFAULT_INSTANCE, Settings
 
 
@@ -98,9 +106,7 @@ class Worlds:
     rows: int
     """Domains that a controller's view has room for, in every one of them."""
 
-    def __init__(
-        self, settings: Settings, domains: tuple[str, ...], choice: Instance | str | None
-    ) -> None:
+    def __init__(self, settings: Settings, domains: tuple[str, ...], choice: Choice | None) -> None:
         """Bind the settings, the text and the usual choice.
 
         Args:
@@ -112,7 +118,7 @@ class Worlds:
         self.choice = settings.instance if choice is None else choice
         self.rows = len(domains) if self.choice == DEFAULT_INSTANCE else MOST_DOMAINS
 
-    def draw(self, seed: int, choice: Instance | str | None = None) -> World:
+    def draw(self, seed: int, choice: Choice | None = None) -> World:
         """Return the world of the episode with a seed.
 
         Args:
@@ -123,9 +129,10 @@ class Worlds:
             ConfigError: if there is no such instance, or it needs other text or a larger tree.
         """
         choice = self.choice if choice is None else choice
-        instance = None if choice == DEFAULT_INSTANCE else choice
-        if isinstance(instance, str):
-            instance = find_instance(instance, seed)
+        if isinstance(choice, str):
+            instance = None if choice == DEFAULT_INSTANCE else find_instance(choice, seed)
+        else:
+            instance = choice.draw(seed) if isinstance(choice, InstanceSet) else choice
         if instance is not None:
             _check_fit(instance, self.settings.system.model, self.domains)
         world = World(self.settings, self.domains, seed, instance)
@@ -150,7 +157,7 @@ def with_room(settings: Settings) -> Settings:
     return replace(settings, system=settings.system.replace(model={"branching": ROOM}))
 
 
-def text_of(choice: Instance | str, settings: Settings) -> str:
+def text_of(choice: Choice, settings: Settings) -> str:
     """Name the text that a choice of instances is about, where nobody has named another.
 
     A set's text holds what all of its worlds need and nothing else: who trains on train worlds
@@ -159,7 +166,11 @@ def text_of(choice: Instance | str, settings: Settings) -> str:
     source = settings.system.data.source
     if source != "builtin" or choice == DEFAULT_INSTANCE:
         return source
-    domains = domains_of(choice.partition("/")[0]) if isinstance(choice, str) else choice.domains
+    if isinstance(choice, str):
+        domains = domains_of(choice.partition("/")[0])
+    else:
+        worlds = choice.worlds if isinstance(choice, InstanceSet) else (choice,)
+        domains = tuple(dict.fromkeys(d for world in worlds for d in world.domains))
     return f"builtin:{','.join(domains)}"
 
 

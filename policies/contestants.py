@@ -12,13 +12,7 @@ from policies.episode import Contestant, Life
 from policies.lookahead import Lookahead
 from policies.population import PopulationBasedTraining
 from policies.schedules import Constant, Cosine, Plateau, Static, best_static, known_statics
-from policies.simple import CheatPolicy, RandomLegalPolicy
 
-POLICIES: dict[str, Callable[[int], Policy]] = {
-    "random-legal": RandomLegalPolicy,
-    "cheat": CheatPolicy,
-}
-"""Policies that are there for comparisons alone, made from a seed."""
 SCHEDULES: dict[str, Callable[[], Contestant]] = {
     "constant": Constant,
     "cosine": Cosine,
@@ -27,7 +21,7 @@ SCHEDULES: dict[str, Callable[[], Contestant]] = {
 }
 PRIVILEGED = (*SCHEDULES, "static", "pbt")
 """Baselines that are not held to the bounds of the stages."""
-EVERY = ("noop", "random", *POLICIES, "heuristic", *PRIVILEGED)
+EVERY = ("noop", "random", "random-legal", "cheat", "heuristic", *PRIVILEGED)
 """Everything but trained controllers."""
 
 
@@ -58,8 +52,6 @@ def make_contestant(name: str, actions: Sequence[str], *, seed: int, preset: str
     Raises:
         K1Error: for an unknown name, or a preset without a static setting.
     """
-    if name in POLICIES:
-        return ByPolicy(POLICIES[name](seed))
     if name in SCHEDULES:
         return SCHEDULES[name]()
     if name == "pbt":
@@ -71,9 +63,7 @@ def make_contestant(name: str, actions: Sequence[str], *, seed: int, preset: str
     try:
         return ByPolicy(make_policy(name, actions, seed=seed))
     except K1Error as error:
-        raise K1Error(
-            f"{error}; or for a comparison {', '.join((*POLICIES, *PRIVILEGED))}"
-        ) from None
+        raise K1Error(f"{error}; or for a comparison {', '.join(PRIVILEGED)}") from None
 
 
 def default_policies(preset: str) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ class Arguments:
     """Run Phase 2: a tree of transformer blocks trains, and a controller steers it."""
 
     policy: Annotated[str | None, optional("NAME")] = None
-    """Controller: heuristic (default), random or noop."""
+    """Controller: heuristic (default), random, random-legal, cheat, noop, ppo (the trained one that
+    comes with K-1), or the folder of a training by train_ppo.py."""
     data: Annotated[str | None, optional("SOURCE")] = None
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: Annotated[str | None, optional("NAME")] = None
@@ -55,6 +56,7 @@ def main(arguments: Arguments) -> int:
     """Set a run up or take it up again, drive it, and report."""
     from k1.cli import absolute_source, prepare_torch
     from k1env.run_folder import RunFolder
+    from policies import find_policy, make_policy
 
     given = {name: getattr(arguments, name) for name in DEFAULTS}
     # A run can be resumed and replayed in any working directory.
@@ -62,6 +64,8 @@ def main(arguments: Arguments) -> int:
         given["data"] = absolute_source(given["data"])
     if given["start"] is not None:
         given["start"] = str(Path(given["start"]).absolute())
+    if given["policy"] is not None:
+        given["policy"] = find_policy(given["policy"])
     folder = _open_folder(arguments) if arguments.resume else None
     settings = _settings(given, folder)
 
@@ -72,11 +76,7 @@ def main(arguments: Arguments) -> int:
     from k1env.plain_log import final_report
     from k1env.runner import Runner
     from k1env.settings import Settings
-    from policies import POLICIES, make_policy
 
-    if settings["policy"] not in POLICIES:
-        known = ", ".join(POLICIES)
-        raise K1Error(f"unknown policy {settings['policy']!r}: choose one of {known}")
     if settings["seed"] < 0:
         raise K1Error(f"--seed {settings['seed']} is not possible: it is 0 or more")
     limit = arguments.max_minutes

@@ -14,6 +14,7 @@ from k1.errors import K1Error
 from k1env.actions import action_table
 from policies import POLICIES, HeuristicPolicy, NoopPolicy, RandomPolicy, make_policy
 from policies.heuristic import FIRST_WAIT, PROBES
+from policies.simple import CheatPolicy, RandomLegalPolicy
 
 LABELS = [action.label for action in action_table(Config.preset("tiny").model)]
 TUNES = [label for label in LABELS if label.startswith("tune ")]
@@ -288,8 +289,15 @@ def test_noop_does_nothing() -> None:
 
 
 def test_policies_by_name() -> None:
-    wanted = {"heuristic": HeuristicPolicy, "random": RandomPolicy, "noop": NoopPolicy}
-    assert {name: type(make_policy(name, LABELS, seed=1)) for name in POLICIES} == wanted
+    wanted = {
+        "heuristic": HeuristicPolicy,
+        "random": RandomPolicy,
+        "random-legal": RandomLegalPolicy,
+        "cheat": CheatPolicy,
+        "noop": NoopPolicy,
+    }
+    untrained = [name for name in POLICIES if name != "ppo"]
+    assert {name: type(make_policy(name, LABELS, seed=1)) for name in untrained} == wanted
     with pytest.raises(K1Error, match="unknown policy 'magic': choose one of heuristic"):
         make_policy("magic", LABELS)
     info = Scene().info()

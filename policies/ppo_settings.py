@@ -1,0 +1,59 @@
+"""Settings of PPO. Nothing here imports torch, so that a command line can show them at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from k1.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How PPO learns."""
+
+    learning_rate: float = 3e-4
+    """Adam's learning rate."""
+    n_steps: int = 64
+    """Decisions of each environment between updates."""
+    minibatches: int = 4
+    """Parts that each epoch cuts the collected decisions into."""
+    epochs: int = 6
+    """Passes over the collected decisions; `target_kl` may end them early."""
+    gamma: float = 0.997
+    """Discount for each decision: an episode has 60 to 240 of them, if no trial cuts it short."""
+    gae_lambda: float = 0.95
+    """Trade-off of bias and variance in the advantages."""
+    clip: float = 0.2
+    """How far an update may move the probability of an action, as a share."""
+    entropy: float = 0.01
+    """Weight of the entropy bonus."""
+    value: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Norm that gradients are clipped to."""
+    target_kl: float = 0.03
+    """An update ends at 1.5 times this KL divergence from the policy that collected."""
+    normalise: bool = True
+    """Divide rewards by the running standard deviation of the discounted return."""
+    reward_limit: float = 10.0
+    """Rewards are clipped to this after the division, so that a divergence is no outlier."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values, naming the field."""
+        for name, ok in (
+            ("learning_rate", 0 < self.learning_rate < math.inf),
+            ("n_steps", self.n_steps >= 1),
+            ("minibatches", self.minibatches >= 1),
+            ("epochs", self.epochs >= 1),
+            ("gamma", 0 < self.gamma <= 1),
+            ("gae_lambda", 0 <= self.gae_lambda <= 1),
+            ("clip", 0 < self.clip < 1),
+            ("entropy", 0 <= self.entropy < math.inf),
+            ("value", 0 < self.value < math.inf),
+            ("max_grad_norm", 0 < self.max_grad_norm < math.inf),
+            ("target_kl", 0 < self.target_kl < math.inf),
+            ("reward_limit", 0 < self.reward_limit < math.inf),
+        ):
+            if not ok:
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is not possible")

@@ -1,0 +1,88 @@
+"""The state of a controller's training: all that it takes to go on to the same learning curve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k1.errors import CheckpointError
+from policies.ppo import TrainingEnv
+
+KIND = "controller training"
+"""Kind of the checkpoint that a training is resumed from."""
+
+
+def take_state(model: Any, env: TrainingEnv) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and plain JSON data of a training between two updates.
+
+    Args:
+        model: the algorithm of Stable-Baselines3.
+        env: its environment.
+    """
+    tensors, environments = env.vec_env.snapshot()
+    tensors = {f"environment.{name}": tensor for name, tensor in tensors.items()}
+    for name, tensor in model.policy.network.state_dict().items():
+        tensors[f"network.{name}"] = tensor
+    for number, moments in model.policy.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            tensors[f"optimizer.{number}.{name}"] = tensor
+    tensors["random.torch"] = torch.get_rng_state()
+    if model.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
+    keys = numpy_state["state"]["key"]
+    tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
+    tensors["episode_starts"] = torch.from_numpy(np.asarray(model._last_episode_starts))
+    return tensors, {
+        "environments": environments,
+        "rewards": env.state_dict(),
+        "numpy": {**numpy_state, "state": {"pos": int(numpy_state["state"]["pos"])}},
+        "timesteps": model.num_timesteps,
+        "updates": model._n_updates,
+    }
+
+
+def restore_state(
+    model: Any, env: TrainingEnv, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Bring a training back to a state.
+
+    Raises:
+        CheckpointError: if it is of another training or another version.
+    """
+    try:
+        env.vec_env.restore(_under("environment.", tensors), state["environments"])
+        env.load_state_dict(state["rewards"])
+        model.policy.network.load_state_dict(_under("network.", tensors))
+        _load_moments(model.policy.optimizer, _under("optimizer.", tensors))
+        torch.set_rng_state(tensors["random.torch"])
+        if model.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
+        keys = tensors["random.numpy"].numpy().astype(np.uint32)
+        numpy_state = state["numpy"]
+        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": keys}})
+        model.num_timesteps, model._n_updates = state["timesteps"], state["updates"]
+        model._last_obs = env.vec_env.observations()
+        model._last_episode_starts = tensors["episode_starts"].numpy()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the state is of another training or another version of K-1 ({reason}): "
+            "resume with the one that wrote it"
+        ) from None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for place, tensor in tensors.items():
+        number, _, name = place.partition(".")
+        moments.setdefault(int(number), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
