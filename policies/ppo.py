@@ -14,7 +14,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from torch import Tensor, nn
 
 from k1.errors import K1Error
@@ -213,7 +213,8 @@ class RunningScale:
 
 def make_model(
     algorithm: str,
-    env: TrainingEnv,
+    env: VecEnv,
+    settings: PPOSettings,
     actions: Sequence[str],
     sizes: NetworkSizes,
     *,
@@ -225,6 +226,7 @@ def make_model(
     Args:
         algorithm: a name in `ALGORITHMS`.
         env: what it learns from.
+        settings: how it learns.
         actions: labels of the actions, by index.
         sizes: of the network.
         seed: of the weights, of the actions drawn and of the environments.
@@ -235,27 +237,27 @@ def make_model(
     """
     if algorithm not in ALGORITHMS:
         raise K1Error(f"unknown algorithm {algorithm!r}: choose maskable or plain")
-    chosen, collected = env.settings, env.settings.n_steps * env.num_envs
-    batch, left = divmod(collected, chosen.minibatches)
+    collected = settings.n_steps * env.num_envs
+    batch, left = divmod(collected, settings.minibatches)
     if left or batch < 2:  # advantages are divided by their deviation in each part
         raise K1Error(
-            f"minibatches = {chosen.minibatches} does not cut {collected} decisions of an update "
+            f"minibatches = {settings.minibatches} does not cut {collected} decisions of an update "
             "(n_steps for each environment) into equal parts of 2 or more: choose another number"
         )
     return ALGORITHMS[algorithm](
         MaskedPolicy if algorithm == "maskable" else PlainPolicy,
         env,
-        learning_rate=chosen.learning_rate,
-        n_steps=chosen.n_steps,
+        learning_rate=settings.learning_rate,
+        n_steps=settings.n_steps,
         batch_size=batch,
-        n_epochs=chosen.epochs,
-        gamma=chosen.gamma,
-        gae_lambda=chosen.gae_lambda,
-        clip_range=chosen.clip,
-        ent_coef=chosen.entropy,
-        vf_coef=chosen.value,
-        max_grad_norm=chosen.max_grad_norm,
-        target_kl=chosen.target_kl,
+        n_epochs=settings.epochs,
+        gamma=settings.gamma,
+        gae_lambda=settings.gae_lambda,
+        clip_range=settings.clip,
+        ent_coef=settings.entropy,
+        vf_coef=settings.value,
+        max_grad_norm=settings.max_grad_norm,
+        target_kl=settings.target_kl,
         policy_kwargs={"actions": tuple(actions), "sizes": sizes},
         seed=seed,
         device=device,

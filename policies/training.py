@@ -146,6 +146,7 @@ class Training:
         self.model = make_model(
             plan.algorithm,
             self.env,
+            plan.ppo,
             vec_env.actions,
             plan.network,
             seed=plan.seed,

@@ -37,7 +37,7 @@ def training_env(data: TextData, settings: PPOSettings = SETTINGS, **fields: Any
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_the_networks_logits_are_the_policys(algorithm: str, data: TextData) -> None:
     env = training_env(data)
-    model = make_model(algorithm, env, LABELS, SIZES, seed=3, device="cpu")
+    model = make_model(algorithm, env, env.settings, LABELS, SIZES, seed=3, device="cpu")
     before = {n: t.clone() for n, t in model.policy.network.state_dict().items()}
     model.learn(8)
     assert model.num_timesteps == 8 and env.counts["decisions"] == 8
@@ -104,10 +104,10 @@ def test_the_scale_goes_on_from_its_state() -> None:
 def test_mistakes(data: TextData) -> None:
     env = training_env(data)
     with pytest.raises(K1Error, match="unknown algorithm 'dqn': choose maskable or plain"):
-        make_model("dqn", env, LABELS, SIZES, seed=0, device="cpu")
+        make_model("dqn", env, env.settings, LABELS, SIZES, seed=0, device="cpu")
     env.settings = replace(SETTINGS, minibatches=3)
     with pytest.raises(K1Error, match="minibatches = 3 does not cut 8 decisions"):
-        make_model("maskable", env, LABELS, SIZES, seed=0, device="cpu")
+        make_model("maskable", env, env.settings, LABELS, SIZES, seed=0, device="cpu")
     with pytest.raises(ConfigError, match=r"gamma = 1\.5 is not possible"):
         PPOSettings(gamma=1.5)
 
