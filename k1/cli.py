@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from k1.errors import K1Error
@@ -40,6 +41,26 @@ def optional(metavar: str) -> Any:
     import tyro
 
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """See that files can be written, before the work that they are to hold.
+
+    Raises:
+        K1Error: if one cannot.
+    """
+    import os
+
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise K1Error(f"the folder of {path} does not exist: make it, or name another")
+        if path.is_dir():
+            raise K1Error(f"{path} is a folder: name a file")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise K1Error(f"{path} cannot be written: name another file")
 
 
 def absolute_source(data: str) -> str:

@@ -215,15 +215,20 @@ class Scheduler:
             except StopIteration as end:
                 results[number] = end.value
 
+        answers: dict[int, Any] = {}
         try:
             for number in range(len(tasks)):
                 resume(number, None)
             while waiting:
-                for number, answer in self._answer(waiting).items():
-                    resume(number, answer)
+                answers = self._answer(waiting)
+                for number in list(answers):
+                    resume(number, answers.pop(number))
         finally:
             for task in tasks:
                 task.close()
+            for answer in answers.values():  # an error came before they were handed over
+                if isinstance(answer, Room):
+                    answer.release()
         return [results[number] for number in range(len(tasks))]
 
     def _answer(self, waiting: dict[int, Request]) -> dict[int, Any]:

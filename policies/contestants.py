@@ -30,9 +30,9 @@ class ByPolicy:
 
     within_bounds = True
 
-    def __init__(self, policy: Policy) -> None:
-        """Bind the policy."""
-        self.policy = policy
+    def __init__(self, policy: Policy, identity: str | None = None) -> None:
+        """Bind the policy; the identity is that of a policy from a file."""
+        self.policy, self.identity = policy, identity
 
     def play(self, life: Life) -> Task[None]:
         """Let it decide until the episode is over."""
@@ -61,9 +61,10 @@ def make_contestant(name: str, actions: Sequence[str], *, seed: int, preset: str
     if name.startswith("static:"):
         return _static(name)
     try:
-        return ByPolicy(make_policy(name, actions, seed=seed))
+        policy = make_policy(name, actions, seed=seed)
     except K1Error as error:
         raise K1Error(f"{error}; or for a comparison {', '.join(PRIVILEGED)}") from None
+    return ByPolicy(policy, policy.state_dict().get("weights"))
 
 
 def default_policies(preset: str) -> tuple[str, ...]:
@@ -79,6 +80,7 @@ def static_name(lr: float, top_k: int, cooldown: int) -> str:
 def _static(name: str) -> Static:
     try:
         lr, top_k, cooldown = name.split(":")[1:]
-        return Static(float(lr), int(top_k), int(cooldown))
+        values = float(lr), int(top_k), int(cooldown)
     except ValueError:
         raise K1Error(f"{name!r} is no setting: write static:LR:TOP_K:COOLDOWN") from None
+    return Static(*values)

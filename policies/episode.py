@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from k1.flops import measuring_flops
 from k1env.env import Observation, Phase2Env
 from k1env.instances import Instance
-from k1env.observation import MOST_BITS
 from k1env.schedule import Evaluate, Request, Score, Task, Train
 from k1env.session import Session
 
@@ -23,6 +22,8 @@ SHARES = tuple(i / 10 for i in range(11))
 """Shares of the budget at which the system is measured."""
 TEST_WINDOWS = 4
 """Windows of a measurement, in multiples of what a controller's validation loss is made of."""
+CEILING = 16.0
+"""Bits per byte that no figure goes beyond, so that one broken system is not all of a mean."""
 _ROUNDING = 1e-9
 
 
@@ -72,6 +73,9 @@ class Contestant(Protocol):
 
     within_bounds: bool
     """Whether it acts through the environment's actions alone."""
+    identity: str | None
+    """What it was read from a file, in short: such a contestant has no memory, and one plays all
+    episodes. None for the others, which their name and seed define."""
 
     def play(self, life: Life) -> Task[None]:
         """Play until the episode is over. The task may be ended at any request."""
@@ -139,7 +143,7 @@ class Meter:
             windows = TEST_WINDOWS * self.session.settings.system.train.eval_windows
             domains = self.session.world.domains
             found = yield Evaluate(self.session.main, self.split, domains, windows)
-            bits = {d: x if math.isfinite(x) else MOST_BITS for d, x in found.items()}
+            bits = {d: min(x, CEILING) if x == x else CEILING for d, x in found.items()}
             self.curve += [bits] * missing
 
     def _cost(self, request: Request) -> float:

@@ -87,15 +87,30 @@ class Records:
             raise K1Error(
                 f"{path} cannot be read as records ({error}): name another file"
             ) from None
-        if not lines:
-            made._write(canonical_json(head) + "\n", "w")
+        first = canonical_json(head) + "\n"
+        if not lines and first.startswith(text):  # new, or its first line was cut off
+            made._write(first, "w")
             return made
-        _check_head(path, lines[0], head)
-        for row in lines[1:]:
-            made.episodes[row["policy"], row["world"], row["seed"]] = row
+        _check_head(path, lines[0] if lines else None, head)
+        try:
+            made.episodes = {(row["policy"], row["world"], row["seed"]): row for row in lines[1:]}
+        except (KeyError, TypeError):
+            raise K1Error(f"{path} holds a line that is no record: name another file") from None
         if whole != text:
             made._write(whole, "w")
         return made
+
+    def check_made_by(self, policy: str, identity: str | None) -> None:
+        """See that a policy's episodes were played by what plays under its name now.
+
+        Raises:
+            K1Error: if not.
+        """
+        if any(r["policy"] == policy and r["made_by"] != identity for r in self.episodes.values()):
+            raise K1Error(
+                f"{self.path} holds episodes of another {policy} than there is now: name another "
+                "file"
+            )
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
         """Add an episode; it is on the disk before this returns."""
@@ -174,8 +189,12 @@ def evaluate(
         instance=_split(plan) if data is None else next(iter(worlds.values())),
     )
     where = envs.envs[0]
-    for policy in plan.policies:
-        make_contestant(policy, envs.actions, seed=0, preset=plan.preset)
+    # What is read from files is read once: they may change while episodes are played.
+    fixed = {
+        policy: one
+        for policy in plan.policies
+        if (one := make_contestant(policy, envs.actions, seed=0, preset=plan.preset)).identity
+    }
     head = {
         "format": FORMAT,
         "preset": plan.preset,
@@ -185,6 +204,11 @@ def evaluate(
         "device": where.device.type,
     }
     kept = Records.open(records, head)
+    made_by = {
+        policy: fixed[policy].identity if policy in fixed else None for policy in plan.policies
+    }
+    for policy, identity in made_by.items():
+        kept.check_made_by(policy, identity)
     queue = deque(key for key in planned if key not in kept.episodes)
     before = len(kept.episodes)
 
@@ -194,10 +218,12 @@ def evaluate(
     def seat(env: Phase2Env) -> Task[None]:
         while queue and not expired():
             key = policy, world, seed = queue.popleft()
-            luck = derive_seed("contestant", policy, world, seed)
-            contestant = make_contestant(policy, envs.actions, seed=luck, preset=plan.preset)
+            contestant = fixed.get(policy)
+            if contestant is None:
+                luck = derive_seed("contestant", policy, world, seed)
+                contestant = make_contestant(policy, envs.actions, seed=luck, preset=plan.preset)
             task = play(env, contestant, worlds[world], seed, split=plan.split, expired=expired)
-            kept.add(key, (yield from task))
+            kept.add(key, {"made_by": made_by[policy], **(yield from task)})
             progress(sum(key in kept.episodes for key in planned), len(planned))
 
     with suppress(TimeUp):  # what is unfinished is played again another time

@@ -31,6 +31,7 @@ class Lookahead:
     """Chooses the action whose fork has the lowest validation loss after one interval."""
 
     within_bounds = False
+    identity: str | None = None
 
     def __init__(self) -> None:
         """Start with nothing chosen."""

@@ -34,6 +34,7 @@ class PopulationBasedTraining:
     """Members train side by side; now and then the worst copy the best and vary their settings."""
 
     within_bounds = False
+    identity: str | None = None
 
     def __init__(self, seed: int) -> None:
         """Seed the draws."""

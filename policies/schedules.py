@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k1.errors import K1Error
+from k1env.boundary import hard_limits
 from k1env.schedule import Task
 from policies.episode import Life
 
@@ -26,6 +27,7 @@ class Constant:
     """The settings that the world starts with, to the end."""
 
     within_bounds = False
+    identity: str | None = None
 
     def play(self, life: Life) -> Task[None]:
         """Set what `settings` says before each decision, which is a no-op."""
@@ -80,7 +82,19 @@ class Static(Constant):
     """One setting for every world."""
 
     def __init__(self, lr: float, top_k: int, cooldown: int) -> None:
-        """Bind the setting."""
+        """Bind the setting.
+
+        Raises:
+            K1Error: if it is beyond the hard limits of every tree.
+        """
+        limits = hard_limits(1)
+        for name, value in (("lr", lr), ("cooldown", cooldown)):
+            low, high = limits.range(name)
+            if not low <= value <= high:
+                raise K1Error(f"{name} = {value:g} is not possible: from {low:g} to {high:g}")
+        if top_k < 1:
+            raise K1Error(f"top_k = {top_k:g} is not possible: 1 or more")
+        self.identity = f"{lr:g}:{top_k}:{cooldown}"
         self._fixed = {"lr": lr, "top_k": float(top_k), "cooldown": float(cooldown)}
 
     def settings(self, life: Life, start: dict[str, float]) -> dict[str, float]:

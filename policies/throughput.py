@@ -6,6 +6,7 @@ learns, one rollout and its updates. Episodes that end are begun anew within the
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -67,7 +68,7 @@ class Plan:
             raise K1Error(f"unknown tier {unknown[0]!r}: choose from {', '.join(TIERS)}")
         if not self.lanes or min(self.lanes) < 1 or self.processes < 0:
             raise K1Error("--lanes are 1 or more, and --processes 0 or more")
-        if self.rounds < 1 or self.seconds <= 0:
+        if self.rounds < 1 or not 0 < self.seconds < math.inf:
             raise K1Error("--rounds and --seconds are positive")
 
 

@@ -27,8 +27,8 @@ class Arguments:
     """A set of worlds (test or validation) or some of one: test/0,test/5."""
     seeds: int = 1
     """Episodes of each controller in each world."""
-    reference: str = "heuristic"
-    """The controller that others are compared with."""
+    reference: Annotated[str | None, optional("NAME")] = None
+    """The controller that others are compared with (default: heuristic, or else the first)."""
     pairs: bool = False
     """Compare every two controllers."""
     preset: str = "cpu"
@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> int:
     """Play what is missing, and report."""
     from rich.console import Console
 
-    from k1.cli import prepare_torch
+    from k1.cli import check_outputs, prepare_torch
     from k1.durable import canonical_json, write_atomically
     from k1.errors import K1Error
     from k1.trainer import pick_device
@@ -69,14 +69,17 @@ def main(arguments: Arguments) -> int:
     policies = default_policies(arguments.preset)
     if arguments.policies is not None:
         policies = tuple(arguments.policies.split(","))
+        if not all(policies):
+            raise K1Error(f"--policies {arguments.policies!r}: names apart by commas, none empty")
     limit = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not limit > 0:
         raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    for path in (arguments.json, arguments.markdown, arguments.plot, arguments.records):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise K1Error(f"the folder of {path} does not exist: make it, or name another")
+    check_outputs(arguments.json, arguments.markdown, arguments.plot, arguments.records)
+    reference = arguments.reference or ("heuristic" if "heuristic" in policies else policies[0])
+    if reference not in policies:
+        raise K1Error(f"--reference {reference} is none of {', '.join(policies)}")
     device = pick_device(arguments.device).type
     prepare_torch(device)
     plan = Plan(
@@ -90,7 +93,7 @@ def main(arguments: Arguments) -> int:
     )
     with episodes_bar() as progress:
         done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
-    result = compare_all(done.records, arguments.reference, arguments.pairs)
+    result = compare_all(done.records, reference, arguments.pairs)
     command = " ".join(["python", *sys.argv])
     command = re.sub(r"--(json|markdown|plot|records)[ =]\S+", r"--\1 FILE", command)
     about = [
@@ -100,6 +103,12 @@ def main(arguments: Arguments) -> int:
     if done.played:
         each = done.seconds / done.played
         about.append(f"{done.played} episodes took {done.seconds:.0f} s, {each:.1f} s each.")
+    console = Console(emoji=False)
+    show(result, console)
+    for line in about:
+        console.print(line, markup=False, highlight=False)
+    if not result["policies"]:
+        console.print("No world and seed is finished by all controllers yet.")
     if arguments.json is not None:
         whole = {**done.head, **result, "about": about, "records": done.records}
         write_atomically(arguments.json, (canonical_json(whole) + "\n").encode())
@@ -107,12 +116,6 @@ def main(arguments: Arguments) -> int:
         write_atomically(arguments.markdown, markdown(result, about).encode())
     if arguments.plot is not None:
         plot(result, arguments.plot)
-    console = Console()
-    show(result, console)
-    for line in about:
-        console.print(line, markup=False, highlight=False)
-    if not result["policies"]:
-        console.print("No world and seed is finished by all controllers yet.")
     return 0
 
 

@@ -44,12 +44,13 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Measure, show, write down."""
-    from k1.cli import prepare_torch
+    from k1.cli import check_outputs, prepare_torch
     from k1.errors import K1Error
     from k1.trainer import pick_device
 
     if not re.fullmatch(r"\d+(,\d+)*", arguments.lanes):
         raise K1Error(f"--lanes {arguments.lanes!r}: give numbers apart by commas, such as 1,8,64")
+    check_outputs(arguments.json, arguments.markdown)
     device = pick_device(arguments.device)
     prepare_torch(device.type)
 
@@ -84,7 +85,7 @@ def main(arguments: Arguments) -> int:
     cuda = device.type == "cuda"
     result: dict[str, Any] = {
         "command": re.sub(
-            r"--(json|markdown) \S+", r"--\1 FILE", shlex.join(["python", *sys.argv])
+            r"--(json|markdown)[ =]\S+", r"--\1 FILE", shlex.join(["python", *sys.argv])
         ),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
@@ -94,15 +95,15 @@ def main(arguments: Arguments) -> int:
         "records": measure(plan, say),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
-    if arguments.json:
-        write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
-    if arguments.markdown:
-        write_atomically(arguments.markdown, markdown(result).encode())
     rows = table(result["records"])
     shown = Table(*rows[0], title="environment steps a second (times the first row's)")
     for row in rows[1:]:
         shown.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    if arguments.json:
+        write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+    if arguments.markdown:
+        write_atomically(arguments.markdown, markdown(result).encode())
     return 0
 
 

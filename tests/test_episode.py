@@ -135,13 +135,14 @@ def test_wide_lanes_give_the_same_episodes_to_rounding(
     wide = Phase2VectorEnv(
         2, config=quick(), data=data, device="cpu", instance=short_world(), wide=True
     )
-    world = short_world(budget=3)
+    world = short_world(budget=40)
     found = []
     for arena in (envs, wide):
         rule = ByPolicy(NoopPolicy())
         pairs = zip(arena.envs, (rule, PopulationBasedTraining(0)), strict=False)
         found.append(arena.run([play(env, who, world, 0) for env, who in pairs]))
     for one, other in zip(*found, strict=True):
+        assert one["decisions"] > 0
         assert one["flops"] == other["flops"]
         for domain, row in one["bits"].items():
             assert other["bits"][domain] == pytest.approx(row, rel=1e-3)
@@ -189,17 +190,22 @@ def test_every_kind_of_request_has_its_price(envs: Phase2VectorEnv) -> None:
 def test_an_error_reaches_the_task_that_asked(envs: Phase2VectorEnv) -> None:
     env, met = envs.envs[0], []
     envs.run([env.reset_task(0, {"instance": short_world()})])
+    main = env.session.main
 
     def asks() -> Task[None]:
         try:
-            yield Train((10**6,), 1)
+            yield Train((main,), 1)
         except IndexError as error:
             met.append(error)
-            raise
+        yield Train((main,), 2)
 
-    meter = Meter(env.session, "test", lambda: False)
-    with pytest.raises(IndexError):
-        envs.run([meter.run(asks())])
+    task = Meter(env.session, "test", lambda: False).run(asks())
+    request = next(task)
+    while isinstance(request, Evaluate):
+        request = task.send(dict.fromkeys(request.domains, 5.0))
+    assert request == Train((main,), 1)
+    assert task.throw(IndexError("no such lane")) == Train((main,), 2)
+    assert len(met) == 1
 
 
 def test_when_time_is_up_an_episode_ends_without_a_record(envs: Phase2VectorEnv) -> None:

@@ -131,13 +131,42 @@ def test_records_of_something_else_are_not_gone_on_with(plan: Plan, tmp_path: Pa
     evaluate(plan, file, max_seconds=0.0)
     with pytest.raises(K1Error, match="other settings: name another file"):
         evaluate(replace(plan, config=quick(interval=3)), file)
+    head = file.read_text().splitlines()[0]
     file.write_text('{"format": 99}\n')
     with pytest.raises(K1Error, match="no records of this version"):
         evaluate(plan, file)
-    file.write_text("no JSON\n")
-    with pytest.raises(K1Error, match="cannot be read"):
+    for text, why in (
+        ("no JSON\n", "cannot be read"),
+        ("precious", "no records of this version"),
+        (f"{head}\n[1]\n", "a line that is no record"),
+        (f'{head}\n{{"policy": "noop"}}\n', "a line that is no record"),
+    ):
+        file.write_text(text)
+        with pytest.raises(K1Error, match=why):
+            evaluate(plan, file)
+        assert file.read_text() == text
+    file.write_text(head[:30])  # a crash cut it off
+    evaluate(plan, file, max_seconds=0.0)
+    assert file.read_text() == f"{head}\n"
+
+
+def test_what_comes_from_files_is_read_once_and_known_again(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    before = evaluation.make_contestant
+
+    def count(policy: str, *arguments: Any, **options: Any) -> Any:
+        made.append(policy)
+        return before(policy, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "make_contestant", count)
+    plan, file = replace(plan, policies=("noop", "static:0.01:3:0")), tmp_path / "records"
+    evaluate(plan, file)
+    assert made.count("noop") == 3 and made.count("static:0.01:3:0") == 1
+    file.write_text(file.read_text().replace('"made_by":"0.01:3:0"', '"made_by":"0.02:3:0"'))
+    with pytest.raises(K1Error, match="episodes of another static:"):
         evaluate(plan, file)
-    assert file.read_text() == "no JSON\n"
 
 
 # -- command line --------------------------------------------------------------------------------

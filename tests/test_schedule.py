@@ -94,6 +94,14 @@ def test_room_is_given_in_order_and_comes_back() -> None:
     with pytest.raises(ValueError, match="on the way"):
         scheduler.run([task(0, 4), task(1, 2, fails=True)])
     assert scheduler.run([task(0, 6)]) == [0], "all lanes came back"
+
+    def breaks_at_once() -> Task[int]:
+        (yield Claim(2)).release()
+        raise ValueError("before the others have their room")
+
+    with pytest.raises(ValueError, match="before the others"):
+        scheduler.run([breaks_at_once(), task(1, 4)])
+    assert scheduler.run([task(0, 6)]) == [0], "room that nobody took came back"
     with pytest.raises(K1Error, match="6 spare lanes are too few"):
         scheduler.run([task(0, 7)])
 
