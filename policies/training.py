@@ -38,6 +38,8 @@ from policies.validation import Validation, validate
 
 RESUME = "resume"
 """Name of the checkpoint that a training goes on from."""
+MOST_SEED = 2**32 - 1
+"""NumPy's global generator takes no larger one."""
 RECENT = 100
 """Episodes that the running mean of returns is over."""
 TIME_SPENT, ALL_STEPS = "time budget spent", "all steps made"
@@ -94,8 +96,8 @@ class Plan:
         for name in ("num_envs", "steps", "eval_every", "eval_worlds"):
             if getattr(self, name) < 1:
                 raise K1Error(f"{name} = {getattr(self, name)} is not possible: 1 or more")
-        if self.seed < 0:
-            raise K1Error(f"seed = {self.seed} is not possible: 0 or more")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise K1Error(f"seed = {self.seed} is not possible: 0 to {MOST_SEED}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""

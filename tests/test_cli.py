@@ -26,6 +26,7 @@ from tests.phase2_helpers import (
     GRID,
     MEASURE,
     PHASE_1,
+    PPO,
     REPLAY,
     ROOT,
     RUN,
@@ -81,7 +82,7 @@ def test_the_help_names_the_designs_options() -> None:
 # Loads what is heavy once, then forks for each command line and runs the script's own main there.
 SERVER = """
 import json, os, runpy, sys, traceback
-import torch, k1.data, k1env.dashboard, k1env.replay, k1env.runner, policies, tyro
+import torch, k1.data, k1env.dashboard, k1env.replay, k1env.runner, policies.training, tyro
 torch.set_num_threads(1)
 results = {}
 for name, words in json.load(sys.stdin).items():
@@ -208,6 +209,11 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "evaluate folder": (EVALUATE, compared(json="{}/nowhere/out.json"), "does not exist"),
     "grid search numbers": (GRID, ["--preset", "tiny", "--lr", "1,x"], "give numbers"),
     "grid search worlds": (GRID, ["--worlds", "test/0"], "on train worlds only"),
+    "ppo gamma": (PPO, ["--gamma", "1.5"], "gamma = 1.5 is not possible: above 0 and at most 1"),
+    "ppo clip": (PPO, ["--clip", "2"], "clip = 2.0 is not possible: above 0 and below 1"),
+    "ppo n-steps": (PPO, ["--n-steps", "0"], "n_steps = 0 is not possible: 1 or more"),
+    "ppo rate": (PPO, ["--learning-rate", "nan"], "learning_rate = nan is not possible: a finite"),
+    "ppo seed": (PPO, ["--seed", "4294967296"], "is not possible: 0 to 4294967295"),
     "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
