@@ -66,6 +66,8 @@ class TrainingFolder(RunFolder):
     """The files of a training."""
 
     readme = _README
+    script = "train_ppo.py"
+    fields = ("plan", "tensorboard")
 
 
 @dataclass(frozen=True)

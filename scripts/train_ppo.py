@@ -113,10 +113,7 @@ def _open(arguments: Arguments) -> TrainingFolder:
 
     if arguments.run_dir is None:
         raise K1Error("--resume needs the training to go on with: name it by --run-dir")
-    folder = TrainingFolder.open(arguments.run_dir)
-    if "plan" not in folder.config:
-        raise K1Error(f"{folder.path} is no folder of train_ppo.py; check the path")
-    return folder
+    return TrainingFolder.open(arguments.run_dir)
 
 
 def _plan(arguments: Arguments) -> Plan:

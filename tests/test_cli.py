@@ -21,6 +21,7 @@ from k1.checkpoint import load_checkpoint
 from k1.data import load_data
 from k1.trainer import Trainer
 from k1env.run_folder import RunFolder
+from policies.training import TrainingFolder
 from tests.phase2_helpers import (
     EVALUATE,
     GRID,
@@ -140,6 +141,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert one.returncode == 0, one.stderr
     shutil.copytree(here / "start", here / "bad start")
     flip(here / "bad start" / "tensors.safetensors")
+    TrainingFolder.create(here / "ppo", {"plan": {}, "tensorboard": False}, command(PPO))
     (here / "used").mkdir()
     (here / "used" / "thesis.txt").write_text("years of work")
     return here
@@ -214,6 +216,10 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "ppo n-steps": (PPO, ["--n-steps", "0"], "n_steps = 0 is not possible: 1 or more"),
     "ppo rate": (PPO, ["--learning-rate", "nan"], "learning_rate = nan is not possible: a finite"),
     "ppo seed": (PPO, ["--seed", "4294967296"], "is not possible: 0 to 4294967295"),
+    "ppo of a run": (PPO, again("done"), "is no folder of train_ppo.py: it was made by run_phase2"),
+    "run of ppo": (RUN, again("ppo"), "is no folder of run_phase2.py: it was made by train_ppo.py"),
+    "replay of ppo": (REPLAY, ["{}/ppo"], "is no folder of run_phase2.py"),
+    "measure of ppo": (MEASURE, ["{}/ppo"], "is no folder of run_phase2.py: it was made by train"),
     "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
