@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,36 @@ def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Pa
     assert (on["updates"], on["steps"]) == (2, 12)
     assert summary_of(tmp_path / "run") == on
     assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
+
+
+def test_a_training_that_lost_its_state_does_not_start_over(text: Path, tmp_path: Path) -> None:
+    chosen = plan(text, steps=6)
+    path = tmp_path / "run"
+    Started(path, replace(chosen, steps=24)).run(resume=False, max_minutes=0)
+    shutil.rmtree(path / "checkpoints" / "resume")
+    refused = "resume is missing, though the training had begun: restore it from a copy, or start"
+    with pytest.raises(K1Error, match=refused):
+        Started(path, chosen).run(resume=True)
+    shutil.rmtree(path / "checkpoints" / "last")
+    assert Started(path, chosen).run(resume=True)["updates"] == 1, "nothing was trained before"
+    for name in ("resume", "last"):
+        shutil.rmtree(path / "checkpoints" / name)
+    before = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(K1Error, match=refused):
+        Started(path, chosen).run(resume=True)
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_training_killed_in_its_first_update_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Started(tmp_path / "run", plan(text))
+    kill_in_update(killed.training, 1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(resume=False)
+    on = Started(tmp_path / "run", plan(text, steps=6)).run(resume=True)
+    assert on["updates"] == 1
+    assert [row["update"] for row in rows_of(tmp_path / "run")] == [0, 1]
 
 
 def test_the_state_is_of_one_training_and_one_text(text: Path, tmp_path: Path) -> None:
