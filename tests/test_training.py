@@ -233,6 +233,36 @@ def test_impossible_plans_are_refused(text: Path) -> None:
             plan(text, **{field: 0})
 
 
+def test_what_it_says_to_go_on_by(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.train_ppo")
+    path = tmp_path / "ppo"
+    config = {"plan": plan(text, steps=6).to_dict(), "tensorboard": False}
+    TrainingFolder.create(path, config, ["test"])
+    again = f"python scripts/train_ppo.py --run-dir {path} --resume"
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--run-dir", str(path), *words])
+        arguments = tyro.cli(script.Arguments, config=(tyro.conf.OmitArgPrefixes,))
+        status: int = script.main(arguments)
+        return status
+
+    assert call("--resume", "--max-minutes", "0") == 0
+    assert f"go on: {again}\n" in capsys.readouterr().out
+    assert call("--resume", "--steps", "600", "--max-minutes", "0") == 0
+    assert f"go on: {again} --steps 600\n" in capsys.readouterr().out
+    assert call("--resume") == 0
+    assert f"go on: {again} --steps N\n" in capsys.readouterr().out
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_learn", interrupted)
+    assert call("--resume", "--steps", "600") == 130
+    assert capsys.readouterr().err.endswith(f"with:\n  {again} --steps 600\n")
+
+
 def test_the_command_line(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
