@@ -20,13 +20,13 @@ INTERRUPTED = 130
 def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> None:
     """Parse the command line into a dataclass and run `main`; never returns.
 
-    A `K1Error` becomes one line on standard error and exit status 2.
+    A `K1Error`, of `main` or of the dataclass itself, becomes one line on standard error and exit
+    status 2.
     """
     import tyro
 
-    parsed = tyro.cli(arguments, config=(tyro.conf.OmitArgPrefixes,))
     try:
-        code = main(parsed)
+        code = main(tyro.cli(arguments, config=(tyro.conf.OmitArgPrefixes,)))
     except K1Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)

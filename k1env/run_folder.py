@@ -49,9 +49,13 @@ class RunFolder:
     Attributes:
         path: The folder.
         readme: What a new folder tells about its files.
+        script: The script that makes such folders.
+        fields: What the settings of each of them have; `open` refuses a folder that lacks one.
     """
 
     readme = _README_TEXT
+    script = "run_phase2.py"
+    fields: tuple[str, ...] = ("arguments", "settings")
 
     def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
         self.path = path
@@ -101,7 +105,8 @@ class RunFolder:
         """Opens the folder of an earlier run, to resume, replay or report it.
 
         Raises:
-            K1Error: It is missing, is no run folder, is damaged or has another format version.
+            K1Error: It is missing, is no run folder or one of another kind, is damaged or has
+                another format version.
         """
         path = Path(path)
         if not path.is_dir():
@@ -131,6 +136,12 @@ class RunFolder:
             raise K1Error(
                 f"{file} was not written by K-1 or is damaged; "
                 "restore it from a copy or start a new run"
+            )
+        if not record["config"].keys() >= set(cls.fields):
+            scripts = [Path(word).name for word in map(str, record["command"]) if ".py" in word]
+            raise K1Error(
+                f"{path} is no folder of {cls.script}: it was made by "
+                f"{scripts[0] if scripts else 'something else'}; check the path"
             )
         return cls(path, record)
 

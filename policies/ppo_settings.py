@@ -40,20 +40,21 @@ class PPOSettings:
     """Rewards are clipped to this after the division, so that a divergence is no outlier."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible values, naming the field."""
-        for name, ok in (
-            ("learning_rate", 0 < self.learning_rate < math.inf),
-            ("n_steps", self.n_steps >= 1),
-            ("minibatches", self.minibatches >= 1),
-            ("epochs", self.epochs >= 1),
-            ("gamma", 0 < self.gamma <= 1),
-            ("gae_lambda", 0 <= self.gae_lambda <= 1),
-            ("clip", 0 < self.clip < 1),
-            ("entropy", 0 <= self.entropy < math.inf),
-            ("value", 0 < self.value < math.inf),
-            ("max_grad_norm", 0 < self.max_grad_norm < math.inf),
-            ("target_kl", 0 < self.target_kl < math.inf),
-            ("reward_limit", 0 < self.reward_limit < math.inf),
+        """Refuse impossible values, naming the field and what it may be."""
+        positive = "a finite number above 0"
+        for name, ok, allowed in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, positive),
+            ("n_steps", self.n_steps >= 1, "1 or more"),
+            ("minibatches", self.minibatches >= 1, "1 or more"),
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("gamma", 0 < self.gamma <= 1, "above 0 and at most 1"),
+            ("gae_lambda", 0 <= self.gae_lambda <= 1, "0 to 1"),
+            ("clip", 0 < self.clip < 1, "above 0 and below 1"),
+            ("entropy", 0 <= self.entropy < math.inf, "a finite number, 0 or more"),
+            ("value", 0 < self.value < math.inf, positive),
+            ("max_grad_norm", 0 < self.max_grad_norm < math.inf, positive),
+            ("target_kl", 0 < self.target_kl < math.inf, positive),
+            ("reward_limit", 0 < self.reward_limit < math.inf, positive),
         ):
             if not ok:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is not possible")
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is not possible: {allowed}")

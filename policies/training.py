@@ -38,6 +38,8 @@ from policies.validation import Validation, validate
 
 RESUME = "resume"
 """Name of the checkpoint that a training goes on from."""
+MOST_SEED = 2**32 - 1
+"""NumPy's global generator takes no larger one."""
 RECENT = 100
 """Episodes that the running mean of returns is over."""
 TIME_SPENT, ALL_STEPS = "time budget spent", "all steps made"
@@ -64,6 +66,8 @@ class TrainingFolder(RunFolder):
     """The files of a training."""
 
     readme = _README
+    script = "train_ppo.py"
+    fields = ("plan", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class Plan:
         for name in ("num_envs", "steps", "eval_every", "eval_worlds"):
             if getattr(self, name) < 1:
                 raise K1Error(f"{name} = {getattr(self, name)} is not possible: 1 or more")
-        if self.seed < 0:
-            raise K1Error(f"seed = {self.seed} is not possible: 0 or more")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise K1Error(f"seed = {self.seed} is not possible: 0 to {MOST_SEED}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON data."""
@@ -175,12 +179,12 @@ class Training:
 
         Args:
             folder: where everything about it is kept.
-            resume: go on from the folder's state; without one, begin.
+            resume: go on from the folder's state; where nothing was trained yet, begin.
             max_minutes: pause before the update that would take longer than this.
             save_minutes: how often the state is saved, between updates.
 
         Raises:
-            K1Error: if the folder is in use or damaged.
+            K1Error: if the folder is in use or damaged, or has lost its state.
         """
         self.folder = folder
         with folder.lock():
@@ -192,12 +196,14 @@ class Training:
             if resume and checkpoint_exists(state):
                 self._continue(state)
             else:
+                self._refuse_to_start_over()
                 self.folder.truncate_metrics(0)
             callback = _Progress(self.display.advance, self.plan.num_envs)
             _, callback = self.model._setup_learn(self.plan.steps, callback, False)
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
+                self._save()  # from here on there always is a state to go on from
             longest, saved = 0.0, time.monotonic()
             limit = math.inf if max_minutes is None else 60 * max_minutes
             reason = ALL_STEPS
@@ -299,7 +305,6 @@ class Training:
 
     def _save(self) -> None:
         """Save the newest weights, and the state to go on from."""
-        save_controller(self.folder.checkpoints_path / LAST, self._about(None))
         tensors, state = take_state(self.model, self.env)
         self.folder.sync_metrics()
         more = {
@@ -312,6 +317,17 @@ class Training:
         }
         place = self.folder.checkpoints_path / RESUME
         save_checkpoint(place, tensors, {"training": state, **more}, kind=KIND)
+        # After the state, so that where there are newest weights there is a state too.
+        save_controller(self.folder.checkpoints_path / LAST, self._about(None))
+
+    def _refuse_to_start_over(self) -> None:
+        """See that no training is lost that a folder without a state tells of."""
+        places = self.folder.checkpoints_path
+        if self.folder.metrics_lines > 1 or checkpoint_exists(places / LAST):
+            raise K1Error(
+                f"{places / RESUME} is missing, though the training had begun: restore it from a "
+                "copy, or start a new training in another --run-dir"
+            )
 
     def _continue(self, place: Path) -> None:
         tensors, state = load_checkpoint(place, kind=KIND)

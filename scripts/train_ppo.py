@@ -70,7 +70,7 @@ def main(arguments: Arguments) -> int:
             raise K1Error(f"--{name.replace('_', '-')} {value} is not possible: 0 or more")
     if arguments.resume:
         _refuse_others(sys.argv[1:])
-    from policies.training import Plan, Training, TrainingFolder
+    from policies.training import TIME_SPENT, Plan, Training, TrainingFolder
     from policies.training_display import TrainingDisplay
 
     if arguments.resume:
@@ -89,6 +89,8 @@ def main(arguments: Arguments) -> int:
         config = {"plan": plan.to_dict(), "tensorboard": tensorboard}
         folder = TrainingFolder.create(path, config, [sys.executable, *sys.argv])
     again = f"python scripts/train_ppo.py --run-dir {folder.path} --resume"
+    extended = plan.steps != folder.config["plan"]["steps"]
+    unchanged = f"{again} --steps {plan.steps}" if extended else again
     try:
         with display:
             summary = training.run(
@@ -98,10 +100,11 @@ def main(arguments: Arguments) -> int:
                 save_minutes=arguments.save_minutes,
             )
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Go on from the newest state with:\n  {again}", file=sys.stderr)
+        print(f"\nInterrupted. Go on from the newest state with:\n  {unchanged}", file=sys.stderr)
         return INTERRUPTED
     print(f"{summary['stop_reason']}: {summary['updates']} updates, {summary['steps']:,} decisions")
-    print(f"go on: {again} --steps N")
+    paused = summary["stop_reason"] == TIME_SPENT
+    print(f"go on: {unchanged if paused else f'{again} --steps N'}")
     print(f"use it: python scripts/run_phase2.py --policy {folder.path}")
     return 0
 
@@ -113,10 +116,7 @@ def _open(arguments: Arguments) -> TrainingFolder:
 
     if arguments.run_dir is None:
         raise K1Error("--resume needs the training to go on with: name it by --run-dir")
-    folder = TrainingFolder.open(arguments.run_dir)
-    if "plan" not in folder.config:
-        raise K1Error(f"{folder.path} is no folder of train_ppo.py; check the path")
-    return folder
+    return TrainingFolder.open(arguments.run_dir)
 
 
 def _plan(arguments: Arguments) -> Plan:

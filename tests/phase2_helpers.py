@@ -25,9 +25,17 @@ from k1env.settings import Settings
 from tests.conftest import DOMAINS, markov_documents
 
 ROOT = Path(__file__).parent.parent
-RUN, REPLAY, PHASE_1, MEASURE, EVALUATE, GRID = (
+RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID = (
     ROOT / "scripts" / f"{name}.py"
-    for name in ("run_phase2", "replay", "train_phase1", "measure", "evaluate", "grid_search")
+    for name in (
+        "run_phase2",
+        "replay",
+        "train_phase1",
+        "train_ppo",
+        "measure",
+        "evaluate",
+        "grid_search",
+    )
 )
 QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)
 

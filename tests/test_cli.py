@@ -21,11 +21,13 @@ from k1.checkpoint import load_checkpoint
 from k1.data import load_data
 from k1.trainer import Trainer
 from k1env.run_folder import RunFolder
+from policies.training import TrainingFolder
 from tests.phase2_helpers import (
     EVALUATE,
     GRID,
     MEASURE,
     PHASE_1,
+    PPO,
     REPLAY,
     ROOT,
     RUN,
@@ -81,7 +83,7 @@ def test_the_help_names_the_designs_options() -> None:
 # Loads what is heavy once, then forks for each command line and runs the script's own main there.
 SERVER = """
 import json, os, runpy, sys, traceback
-import torch, k1.data, k1env.dashboard, k1env.replay, k1env.runner, policies, tyro
+import torch, k1.data, k1env.dashboard, k1env.replay, k1env.runner, policies.training, tyro
 torch.set_num_threads(1)
 results = {}
 for name, words in json.load(sys.stdin).items():
@@ -139,6 +141,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert one.returncode == 0, one.stderr
     shutil.copytree(here / "start", here / "bad start")
     flip(here / "bad start" / "tensors.safetensors")
+    TrainingFolder.create(here / "ppo", {"plan": {}, "tensorboard": False}, command(PPO))
     (here / "used").mkdir()
     (here / "used" / "thesis.txt").write_text("years of work")
     return here
@@ -208,6 +211,15 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "evaluate folder": (EVALUATE, compared(json="{}/nowhere/out.json"), "does not exist"),
     "grid search numbers": (GRID, ["--preset", "tiny", "--lr", "1,x"], "give numbers"),
     "grid search worlds": (GRID, ["--worlds", "test/0"], "on train worlds only"),
+    "ppo gamma": (PPO, ["--gamma", "1.5"], "gamma = 1.5 is not possible: above 0 and at most 1"),
+    "ppo clip": (PPO, ["--clip", "2"], "clip = 2.0 is not possible: above 0 and below 1"),
+    "ppo n-steps": (PPO, ["--n-steps", "0"], "n_steps = 0 is not possible: 1 or more"),
+    "ppo rate": (PPO, ["--learning-rate", "nan"], "learning_rate = nan is not possible: a finite"),
+    "ppo seed": (PPO, ["--seed", "4294967296"], "is not possible: 0 to 4294967295"),
+    "ppo of a run": (PPO, again("done"), "is no folder of train_ppo.py: it was made by run_phase2"),
+    "run of ppo": (RUN, again("ppo"), "is no folder of run_phase2.py: it was made by train_ppo.py"),
+    "replay of ppo": (REPLAY, ["{}/ppo"], "is no folder of run_phase2.py"),
+    "measure of ppo": (MEASURE, ["{}/ppo"], "is no folder of run_phase2.py: it was made by train"),
     "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }

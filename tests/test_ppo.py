@@ -108,7 +108,7 @@ def test_mistakes(data: TextData) -> None:
     env.settings = replace(SETTINGS, minibatches=3)
     with pytest.raises(K1Error, match="minibatches = 3 does not cut 8 decisions"):
         make_model("maskable", env, env.settings, LABELS, SIZES, seed=0, device="cpu")
-    with pytest.raises(ConfigError, match=r"gamma = 1\.5 is not possible"):
+    with pytest.raises(ConfigError, match=r"gamma = 1\.5 is not possible: above 0 and at most 1"):
         PPOSettings(gamma=1.5)
 
 

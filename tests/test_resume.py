@@ -195,7 +195,7 @@ def run_once(path: Path, data: TextData, **limits: float) -> None:
     if path.exists():
         folder = RunFolder.open(path)
     else:
-        folder = RunFolder.create(path, {"settings": {}}, ["test"])
+        folder = RunFolder.create(path, {"arguments": {}, "settings": {}}, ["test"])
     settings = quick(max_decisions=3, phase_decisions=1)
     env = Phase2Env(config=settings, data=data)
     Runner(env, Script(LABELS, env), folder, Silent(), seed=1, **limits).run(resume=True)

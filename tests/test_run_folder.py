@@ -14,7 +14,10 @@ import torch
 from k1env.run_folder import RunFolder
 from tests.helpers import refusal
 
-CONFIG = {"seed": 3, "model": {"branching": [4, 3, 2], "lr": 0.1}, "name": "Größe"}
+CONFIG = {
+    "arguments": {"seed": 3, "policy": "Größe"},
+    "settings": {"branching": [4, 3, 2], "lr": 0.1},
+}
 COMMAND = ["python", "scripts/run_phase2.py", "--seed", "3"]
 ROOT = Path(__file__).parent.parent
 
@@ -92,6 +95,20 @@ def test_what_is_no_run_folder_is_named(folder: RunFolder, tmp_path: Path) -> No
     assert "is damaged" in refusal(lambda: RunFolder.open(folder.path))
     file.write_text(json.dumps(record | {"format_version": 2}))
     assert "upgrade K-1" in refusal(lambda: RunFolder.open(folder.path))
+
+
+def test_a_folder_of_another_kind_is_named(folder: RunFolder, tmp_path: Path) -> None:
+    class Other(RunFolder):
+        script = "other.py"
+        fields = ("plan",)
+
+    assert refusal(lambda: Other.open(folder.path)) == (
+        f"{folder.path} is no folder of other.py: it was made by run_phase2.py; check the path"
+    )
+    other = Other.create(tmp_path / "other", {"plan": {}}, ["python", "/a b/other.py", "x.py"])
+    assert Other.open(other.path).config == {"plan": {}}
+    message = refusal(lambda: RunFolder.open(other.path))
+    assert "is no folder of run_phase2.py: it was made by other.py" in message
 
 
 def test_metrics_are_one_line_each_and_readable_at_once(folder: RunFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,36 @@ def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Pa
     assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
 
 
+def test_a_training_that_lost_its_state_does_not_start_over(text: Path, tmp_path: Path) -> None:
+    chosen = plan(text, steps=6)
+    path = tmp_path / "run"
+    Started(path, replace(chosen, steps=24)).run(resume=False, max_minutes=0)
+    shutil.rmtree(path / "checkpoints" / "resume")
+    refused = "resume is missing, though the training had begun: restore it from a copy, or start"
+    with pytest.raises(K1Error, match=refused):
+        Started(path, chosen).run(resume=True)
+    shutil.rmtree(path / "checkpoints" / "last")
+    assert Started(path, chosen).run(resume=True)["updates"] == 1, "nothing was trained before"
+    for name in ("resume", "last"):
+        shutil.rmtree(path / "checkpoints" / name)
+    before = (path / "metrics.jsonl").read_bytes()
+    with pytest.raises(K1Error, match=refused):
+        Started(path, chosen).run(resume=True)
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_training_killed_in_its_first_update_goes_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Started(tmp_path / "run", plan(text))
+    kill_in_update(killed.training, 1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(resume=False)
+    on = Started(tmp_path / "run", plan(text, steps=6)).run(resume=True)
+    assert on["updates"] == 1
+    assert [row["update"] for row in rows_of(tmp_path / "run")] == [0, 1]
+
+
 def test_the_state_is_of_one_training_and_one_text(text: Path, tmp_path: Path) -> None:
     chosen = plan(text)
     Started(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
@@ -200,6 +231,36 @@ def test_impossible_plans_are_refused(text: Path) -> None:
     for field in ("num_envs", "steps", "eval_every", "eval_worlds"):
         with pytest.raises(K1Error, match=f"{field} = 0 is not possible"):
             plan(text, **{field: 0})
+
+
+def test_what_it_says_to_go_on_by(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.train_ppo")
+    path = tmp_path / "ppo"
+    config = {"plan": plan(text, steps=6).to_dict(), "tensorboard": False}
+    TrainingFolder.create(path, config, ["test"])
+    again = f"python scripts/train_ppo.py --run-dir {path} --resume"
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", "--run-dir", str(path), *words])
+        arguments = tyro.cli(script.Arguments, config=(tyro.conf.OmitArgPrefixes,))
+        status: int = script.main(arguments)
+        return status
+
+    assert call("--resume", "--max-minutes", "0") == 0
+    assert f"go on: {again}\n" in capsys.readouterr().out
+    assert call("--resume", "--steps", "600", "--max-minutes", "0") == 0
+    assert f"go on: {again} --steps 600\n" in capsys.readouterr().out
+    assert call("--resume") == 0
+    assert f"go on: {again} --steps N\n" in capsys.readouterr().out
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_learn", interrupted)
+    assert call("--resume", "--steps", "600") == 130
+    assert capsys.readouterr().err.endswith(f"with:\n  {again} --steps 600\n")
 
 
 def test_the_command_line(
