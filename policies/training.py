@@ -6,7 +6,7 @@ import importlib.util
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from k1.checkpoint import (
 )
 from k1.config import ModelConfig, read_dataclass
 from k1.data import TextData, load_data
-from k1.errors import K1Error
+from k1.errors import ConfigError, K1Error
 from k1env.actions import action_table
 from k1env.instances import Choice, InstanceSet, instances, instances_over
 from k1env.run_folder import RunFolder
@@ -346,7 +346,7 @@ def _worlds(plan: Plan) -> tuple[TextData | None, Choice, tuple[Any, ...]]:
     """The text, the worlds to train on, and those to validate on."""
     if plan.data is None:
         names = [world.name for world in instances("validation")]
-        return None, "train", tuple(names[: plan.eval_worlds])
+        return None, "train", _first_worlds(names, plan)
     fields = plan.settings.system.data
     text = load_data(
         plan.data,
@@ -355,7 +355,14 @@ def _worlds(plan: Plan) -> tuple[TextData | None, Choice, tuple[Any, ...]]:
         max_bytes=fields.max_bytes,
     )
     sets = instances_over(text.domains)
-    return text, InstanceSet("train", sets["train"]), sets["validation"][: plan.eval_worlds]
+    return text, InstanceSet("train", sets["train"]), _first_worlds(sets["validation"], plan)
+
+
+def _first_worlds(worlds: Sequence[Any], plan: Plan) -> tuple[Any, ...]:
+    """The validation worlds that a plan asks for."""
+    if plan.eval_worlds > len(worlds):
+        raise ConfigError(f"eval_worlds = {plan.eval_worlds} is not possible: 1 to {len(worlds)}")
+    return tuple(worlds[: plan.eval_worlds])
 
 
 def _environments(plan: Plan, count: int, text: TextData | None, worlds: Any) -> Phase2VectorEnv:

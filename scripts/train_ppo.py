@@ -51,7 +51,8 @@ class Arguments:
     resume: bool = False
     """Go on with the training in --run-dir; --steps may then be larger than before."""
     max_minutes: Annotated[float | None, optional("M")] = None
-    """Pause before the update that would go beyond this many minutes."""
+    """Pause before the update that would go beyond this many minutes; it bounds no validation:
+    that before the first update is always made, and one that an update ends in is made whole."""
     save_minutes: float = 5.0
     """Minutes between states to resume from; they hold all environments."""
     tensorboard: bool = False

@@ -231,6 +231,12 @@ def test_impossible_plans_are_refused(text: Path) -> None:
     for field in ("num_envs", "steps", "eval_every", "eval_worlds"):
         with pytest.raises(K1Error, match=f"{field} = 0 is not possible"):
             plan(text, **{field: 0})
+    for seed in (-1, 2**32):
+        with pytest.raises(K1Error, match=f"seed = {seed} is not possible: 0 to 4294967295"):
+            plan(text, seed=seed)
+    for data in (str(text), None):
+        with pytest.raises(K1Error, match="eval_worlds = 17 is not possible: 1 to 16"):
+            Training(plan(text, data=data, eval_worlds=17), TrainingDisplay(Console(quiet=True)))
 
 
 def test_what_it_says_to_go_on_by(
