@@ -66,8 +66,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     `autoreset_mode` is one of `gymnasium.vector.AutoresetMode`. `ledgers` log each environment's
     decisions; by default nothing is logged, which spares a hash of the state at every step.
     `spare_lanes` is how many lanes trials share; a trial that finds no room waits. `wide` lets many
-    lanes go through the engine as one batch (`k1env.wide`), as is the default on a GPU: faster for
-    small systems on a CPU too, and equal to a single environment to rounding, not to the last bit.
+    lanes go through the engine as one batch (`k1env.wide`), as is the default on a GPU; it pads
+    all trees to the widest, and equals a single environment to rounding, not to the last bit.
 
     ## Versus one environment
     There is no rendering and no `undo`. `envs` has the single environments, for `fork` and `peek`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from k1.errors import K1Error
@@ -53,7 +53,11 @@ def make_policy(name: str, actions: Sequence[str], *, seed: int = 0) -> Policy:
     name = find_policy(name)
     if name == "heuristic":
         return HeuristicPolicy(actions)
-    drawing = {"random": RandomPolicy, "random-legal": RandomLegalPolicy, "cheat": CheatPolicy}
+    drawing: dict[str, Callable[[int], Policy]] = {
+        "random": RandomPolicy,
+        "random-legal": RandomLegalPolicy,
+        "cheat": CheatPolicy,
+    }
     if name in drawing:
         return drawing[name](seed)
     if name == "noop":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class NoopPolicy:
         """Take a memory over: there is none."""
 
 
-class _Drawing:
+class _Drawing(ABC):
     """Draws actions; its memory is the state of its generator."""
 
     reason = "drawn at random"
@@ -40,9 +41,9 @@ class _Drawing:
         """Draw an action."""
         return int(self._generator.choice(np.flatnonzero(self._choices(info))))
 
+    @abstractmethod
     def _choices(self, info: Mapping[str, Any]) -> np.ndarray:
         """Which actions to draw from; at least one."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state."""
