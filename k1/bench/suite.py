@@ -32,6 +32,8 @@ from k1.flops import block_flops_per_token, step_flops
 
 PERIOD = 4
 """Steps are measured in multiples of this, so that attributions are evenly spread."""
+PERIODS_PROFILED = 4
+"""Periods over which the times of kernels are averaged."""
 SPARE_MEMORY = 0.92
 """Share of the device's memory that variants fill before the rest waits for the next group."""
 
@@ -255,7 +257,11 @@ class Suite:
         step_ms = record["first_ms"] = elapsed_ms(driver, PERIOD, device)
         if driver.backend is not None:
             record["backend"] = driver.backend.reason
-        record["kernels"] = kernels_per_step(driver, PERIOD, device)
+        kernels = kernels_per_step(driver, PERIODS_PROFILED * PERIOD, device)
+        record["kernels"] = record["kernel_ms"] = None
+        if kernels is not None:
+            record["kernels"] = sum(kernel.count for kernel in kernels.values())
+            record["kernel_ms"] = {name: kernel.ms for name, kernel in kernels.items()}
         peak = 0
         record["peak_bytes"] = None
         if cuda:

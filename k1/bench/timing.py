@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -98,8 +99,18 @@ def quartile_range(values: list[float]) -> float:
     return high - low
 
 
-def kernels_per_step(driver: Driver, steps: int, device: torch.device) -> float | None:
-    """Kernels that run on the device in one step, those inside graphs too; None on a CPU."""
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's part in one step."""
+
+    count: float
+    """Times that it runs."""
+    ms: float
+    """Time that it takes in all, also where others run beside it."""
+
+
+def kernels_per_step(driver: Driver, steps: int, device: torch.device) -> dict[str, Kernel] | None:
+    """Kernels by name that run on the device, those inside graphs too; None on a CPU."""
     if device.type != "cuda":
         return None
     driver.prepare(steps)
@@ -107,14 +118,12 @@ def kernels_per_step(driver: Driver, steps: int, device: torch.device) -> float 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         driver.run(steps)
         wait_for(device)
-    kernels = [
-        event
-        for event in profiler.events()
-        if event.device_type.name == "CUDA"
-        and not event.is_user_annotation
-        and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return len(kernels) / steps
+    times: dict[str, list[float]] = {}
+    for event in profiler.events():
+        on_device = event.device_type.name == "CUDA" and not event.is_user_annotation
+        if on_device and not event.name.startswith(("Memcpy", "Memset")):
+            times.setdefault(event.name, []).append(event.device_time / 1000)
+    return {name: Kernel(len(found) / steps, sum(found) / steps) for name, found in times.items()}
 
 
 def counted_flops(driver: Driver, steps: int, device: torch.device) -> float:
