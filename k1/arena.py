@@ -19,8 +19,20 @@ from k1.block import block_layout, initial_rows, shared_layout
 from k1.config import Config
 from k1.errors import CheckpointError
 from k1.forward import Forest, RouterState, Weights
+from k1.levels import Extent, LevelIndex, index_levels
 from k1.rng import derive_seed
-from k1.topology import Extent, LevelIndex, Topology, index_levels
+from k1.topology import Topology
+
+_FEW_LOOKS = 12
+"""Leaves that a step of a roomy arena can look at without a new shape."""
+
+
+def _room_for_looks(looks: int) -> int:
+    """Round the leaves that a step looks at up to one of a few numbers."""
+    room = _FEW_LOOKS
+    while room < looks:
+        room *= 2
+    return room
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,25 @@ class LaneState:
 
     tensors: dict[str, Tensor]
     tree: Topology
+    lent: bool = False
+    """Whether the tensors are somebody else's, who will write over them."""
+
+    def own(self) -> LaneState:
+        """Return the lane in tensors that nobody else writes to."""
+        if not self.lent:
+            return self
+        return LaneState({k: v.clone() for k, v in self.tensors.items()}, self.tree.copy())
 
     def to(self, device: torch.device | str) -> LaneState:
         """Return the lane on another device."""
         return LaneState({k: v.to(device) for k, v in self.tensors.items()}, self.tree.copy())
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors onto others pair by pair, in as few launches as torch can."""
+    for kind in {tensor.dtype for tensor in targets}:  # those of one type go together
+        pairs = [p for p in zip(targets, sources, strict=True) if p[0].dtype == kind]
+        torch._foreach_copy_([p[0] for p in pairs], [p[1] for p in pairs])
 
 
 class Arena:
@@ -70,10 +97,13 @@ class Arena:
         self.scratch = sum(capacity)
         # Indices that keep their shapes and addresses when a tree changes, for recorded steps.
         self.fixed_room = self.device.type == "cuda"
+        self.roomy = False
+        """Whether those indices have room for any tree, so that there is one shape of them."""
         # What the host has to know without asking the device: kept in step by the methods below.
         self.host_step = [0] * lanes
         self.host_top_k = [1] * lanes
         self._hyper: list[dict[str, float] | None] = [None] * lanes
+        self._mix: list[tuple[float, ...] | None] = [None] * lanes
         self._index: dict[tuple[int, int], list[LevelIndex]] = {}
         self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
         self._leaves: dict[tuple[int, int], Leaves] = {}
@@ -136,8 +166,20 @@ class Arena:
         self["lr_factor"][lane] = 1.0
         self["mix"][lane] = 1.0 / self["mix"].shape[1]
         self.host_step[lane], self.host_top_k[lane] = 0, train.top_k
-        self._hyper[lane] = None
+        self._hyper[lane] = self._mix[lane] = None
         self.set_tree(lane, tree)
+
+    def set_mix(self, lane: int, shares: tuple[float, ...]) -> None:
+        """Set the share of each domain in a lane's stream of text."""
+        if self._mix[lane] != shares:  # to write is to wait for the device
+            self["mix"][lane] = torch.tensor(shares, device=self.device)
+            self._mix[lane] = shares
+
+    def copy_mix(self, source: int, target: int) -> None:
+        """Give a lane another's share of each domain."""
+        if self._mix[source] is None or self._mix[source] != self._mix[target]:
+            self["mix"][target] = self["mix"][source]
+            self._mix[target] = self._mix[source]
 
     def set_hyper(self, lane: int, name: str, value: float) -> None:
         """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
@@ -159,7 +201,8 @@ class Arena:
         """Return where the drill-down of lanes start..stop can end."""
         if (start, stop) not in self._leaves:
             top_k = self.host_top_k[start:stop]
-            new = index_leaves(self.trees[start:stop], top_k, self.device)
+            room = _room_for_looks if self.fixed_room and self.roomy else None
+            new = index_leaves(self.trees[start:stop], top_k, self.device, room)
             if self.fixed_room:
                 key = start, stop, new.chain.shape[2], new.most
                 held = self._leaves_room.setdefault(key, new)
@@ -202,7 +245,10 @@ class Arena:
 
         A CUDA graph keeps addresses, so one that was recorded for a tree serves the next one too.
         """
-        extent = Extent.of(trees).rounded_up(self.config.model.branching, trees)
+        if self.roomy:
+            extent = Extent.full(trees[0])
+        else:
+            extent = Extent.of(trees).rounded_up(self.config.model.branching, trees)
         levels = index_levels(trees, self.device, extent)
         held = self._room.setdefault((start, stop, extent), levels)
         for old, new in zip(held, levels, strict=True):
@@ -239,21 +285,24 @@ class Arena:
             return
         first, last = others[0], others[-1]
         side_by_side = others == list(range(first, last + 1))
-        for tensor in self.state.values():
-            if side_by_side:  # one copy is quicker than many
-                tensor[first : last + 1] = tensor[source]
-            else:
-                for target in others:
-                    tensor[target] = tensor[source]
+        tensors = list(self.state.values())
+        if side_by_side:  # one copy is quicker than many
+            room = [tensor[first : last + 1] for tensor in tensors]
+            copy_all(room, [t[source].expand_as(r) for t, r in zip(tensors, room, strict=True)])
+        else:
+            for target in others:
+                copy_all([t[target] for t in tensors], [t[source] for t in tensors])
         for target in others:
             self.host_step[target] = self.host_step[source]
             self.host_top_k[target] = self.host_top_k[source]
-            self._hyper[target] = self._hyper[source]
+            self._hyper[target], self._mix[target] = self._hyper[source], self._mix[source]
             self.set_tree(target, self.trees[source].copy())
 
     def read_lane(self, lane: int) -> LaneState:
         """Return a detached copy of a lane."""
-        tensors = {name: tensor[lane].clone() for name, tensor in self.state.items()}
+        rows = {name: tensor[lane] for name, tensor in self.state.items()}
+        tensors = {name: torch.empty_like(row) for name, row in rows.items()}
+        copy_all(list(tensors.values()), list(rows.values()))
         return LaneState(tensors, self.trees[lane].copy())
 
     def write_lane(self, lane: int, saved: LaneState) -> None:
@@ -269,11 +318,11 @@ class Arena:
                     f"the saved state does not fit this configuration ({name!r} differs): "
                     "use the configuration it was saved with"
                 )
-        for name, tensor in self.state.items():
-            tensor[lane] = saved.tensors[name].to(self.device)
+        values = [saved.tensors[name].to(self.device) for name in self.state]
+        copy_all([tensor[lane] for tensor in self.state.values()], values)
         self.host_step[lane] = int(saved.tensors["step"])
         self.host_top_k[lane] = int(saved.tensors["top_k"])
-        self._hyper[lane] = None
+        self._hyper[lane] = self._mix[lane] = None
         self.set_tree(lane, saved.tree.copy())
 
     def hash_lane(self, lane: int) -> str:

@@ -6,12 +6,15 @@ path stays on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from k1.topology import LevelIndex, Topology
+from k1.levels import LevelIndex
+from k1.topology import Topology
 
 NEVER = -(1 << 40)
 """A step so early that no cooldown reaches back to it."""
@@ -43,7 +46,7 @@ class Leaves:
     """int64 [L]: how many leaves are looked at; a lane's own number, so that its choice does not
     depend on its neighbours."""
     most: int
-    """The largest of them, known to the host."""
+    """The largest of them or more, known to the host."""
 
     def copy_(self, other: Leaves) -> None:
         """Take over others of the same shape in place, which keeps the addresses."""
@@ -51,29 +54,37 @@ class Leaves:
             getattr(self, name).copy_(getattr(other, name))
 
 
-def index_leaves(trees: list[Topology], top_k: list[int], device: torch.device) -> Leaves:
+def index_leaves(
+    trees: list[Topology],
+    top_k: list[int],
+    device: torch.device,
+    room: Callable[[int], int] | None = None,
+) -> Leaves:
     """List the leaves of several trees.
 
     The first path takes at least as many of a lane's `top_k` as its shallowest leaf is deep, and
     every further one takes at least one: so many leaves are worth a look.
+
+    Args:
+        trees: one for each lane.
+        top_k: most agents that a step updates, for each lane.
+        device: where the result is held.
+        room: for how many looks room is made where the given number is the most that a lane needs;
+            with it, there is room for trees of any depth too. By default there is none to spare.
     """
-    lanes, slots = len(trees), trees[0].slots
-    levels = 1 + max(block.level for tree in trees for block in tree.blocks.values())
-    chain = torch.full((lanes, slots + 1, levels), slots)
-    depth = torch.zeros(lanes, slots + 1, dtype=torch.int64)
-    is_leaf = torch.zeros(lanes, slots + 1, dtype=torch.bool)
-    looks = []
-    for lane, tree in enumerate(trees):
-        parents = {block.parent for block in tree.blocks.values()}
-        for slot in tree.blocks:
-            path = tree.path(slot)
-            chain[lane, slot, : len(path)] = torch.tensor(path)
-            depth[lane, slot] = len(path)
-            is_leaf[lane, slot] = slot not in parents
-        shallowest = int(depth[lane][is_leaf[lane]].min()) - 1
-        looks.append(max(1, top_k[lane] - shallowest + 1))
-    by_lane = torch.tensor(looks).to(device)
-    return Leaves(chain.to(device), depth.to(device), is_leaf.to(device), by_lane, max(looks))
+    tables = [tree.table for tree in trees]
+    levels = len(trees[0].capacity) if room else int(max(t.depth.max() for t in tables))
+    looks = [max(1, k - t.shallowest + 1) for k, t in zip(top_k, tables, strict=True)]
+    most = room(max(looks)) if room else max(looks)
+    chain = np.stack([t.chain[:, :levels] for t in tables])
+    depth, is_leaf = np.stack([t.depth for t in tables]), np.stack([t.is_leaf for t in tables])
+    return Leaves(
+        torch.from_numpy(chain).to(device),
+        torch.from_numpy(depth).to(device),
+        torch.from_numpy(is_leaf).to(device),
+        torch.tensor(looks, device=device),
+        most,
+    )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Config:
 
     @staticmethod
     def preset(name: str) -> Config:
-        """Return the preset `tiny`, `cpu`, `gpu` or `paper`.
+        """Return the preset `tiny`, `cpu`, `small`, `gpu` or `paper`.
 
         Raises:
             ConfigError: if there is no such preset.
@@ -236,6 +236,14 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         model=ModelConfig(embed=32, feed_forward=64, heads=2),
         train=TrainConfig(batch=8, lr=2.5e-4),
+    ),
+    # Hundreds of systems side by side on a GPU: the smallest blocks that its kernels take.
+    "small": Config(
+        model=ModelConfig(embed=64, feed_forward=128, heads=4),
+        evidence=EvidenceConfig(buckets=1024, context_buckets=128, window=16),
+        optimizer=OptimizerConfig(warmup=10),
+        train=TrainConfig(batch=4, eval_windows=8, precision="bfloat16"),
+        data=DataConfig(max_bytes=1_000_000),
     ),
     "gpu": Config(
         model=ModelConfig(context=128),

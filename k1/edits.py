@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -12,31 +13,60 @@ from k1.block import initial_rows
 from k1.errors import TopologyError
 from k1.evidence import CURRENT, OLD, PREVIOUS, UNIT
 from k1.rng import derive_seed
-from k1.topology import ROOT_SLOT
+from k1.topology import ROOT_SLOT, Topology
 
 _ROW_STATE = ("weight", "first", "second", "count")
 _INHERITED = (*_ROW_STATE, "log_prior", "responsibility", "mean_responsibility")
 _RECORDS = ("responsibility", "mean_responsibility", "visits", "updates")
 
 
-def split_candidate(arena: Arena, lane: int, parent: int) -> int | None:
-    """The child that an add under `parent` splits (largest running responsibility), if any."""
+def split_candidate(
+    arena: Arena, lane: int, parent: int, mean: Sequence[float] | None = None
+) -> int | None:
+    """The child that an add under `parent` splits (largest running responsibility), if any.
+
+    Args:
+        arena: the lanes.
+        lane: the lane.
+        parent: slot of the parent.
+        mean: running responsibilities by slot, if they have been read already.
+    """
     children = arena.trees[lane].children(parent)
     if not children:
         return None
-    mean = arena["mean_responsibility"][lane, children].tolist()
-    return children[max(range(len(children)), key=mean.__getitem__)]
+    if mean is None:
+        own = arena["mean_responsibility"][lane, children].tolist()
+    else:
+        own = [mean[child] for child in children]
+    return children[max(range(len(children)), key=own.__getitem__)]
 
 
-def why_not_add(arena: Arena, lane: int, parent: int) -> str | None:
-    """Say why no agent can be added under a slot, or None if one can."""
+def depends_on_split(tree: Topology, parent: int) -> bool:
+    """Whether an agent can be added or not by which child of a block would be split."""
+    if tree.why_not_add(parent):
+        return False
+    fits = [tree.room_for_copy(child) for child in tree.children(parent)]
+    return any(fits) and not all(fits)
+
+
+def why_not_add(
+    arena: Arena, lane: int, parent: int, mean: Sequence[float] | None = None
+) -> str | None:
+    """Say why no agent can be added under a slot, or None if one can.
+
+    Args:
+        arena: the lanes.
+        lane: the lane.
+        parent: slot of the parent.
+        mean: running responsibilities by slot, if they have been read already.
+    """
     tree = arena.trees[lane]
     reason = tree.why_not_add(parent)
     if reason:
         return reason
     if all(tree.room_for_copy(child) for child in tree.children(parent)):
         return None  # without asking the device which one it would be
-    source = split_candidate(arena, lane, parent)
+    source = split_candidate(arena, lane, parent, mean)
     if source is not None and not tree.room_for_copy(source):
         return f"the subtree of {tree.name(source)} does not fit into the free slots (model.spare)"
     return None

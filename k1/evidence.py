@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from k1.config import EvidenceConfig
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 UNIT = 256
 """Integer steps per counted token."""

@@ -26,8 +26,8 @@ from k1.frozen import Known, plain_norm, run_frozen
 from k1.head import mean_cross_entropy, token_cross_entropy
 from k1.kernels import AVAILABLE
 from k1.large import run_alone, runs_alone
+from k1.levels import LevelIndex
 from k1.mixing import flat_index, mix, sibling_softmax, to_children
-from k1.topology import LevelIndex
 
 LN2 = math.log(2.0)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from k1.block import Folded, fold, fused_attention
 from k1.config import Config
+from k1.levels import LevelIndex
 from k1.mixing import flat_index
-from k1.topology import LevelIndex
 
 _LARGE_BYTES = 32 * 2**20
 """Size of a block's largest value from which on the block is run by itself."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 
 def flat_index(index: Tensor, width: int) -> Tensor:

@@ -31,8 +31,8 @@ from k1.forward import (
     lane_loss,
     learned_logits,
 )
+from k1.levels import LevelIndex
 from k1.mixing import flat_index
-from k1.topology import LevelIndex
 
 ROUTER = ("router.weight", "router.bias")
 """The pieces of a block that the mixing needs."""

@@ -19,9 +19,9 @@ from k1.block import Folded, fold, go_back, norm_back, norm_keeping, run_keeping
 from k1.forward import Activations, Batch, Forest, Text, arithmetic, embed, forward
 from k1.frozen import Known
 from k1.head import cross_entropy_gradients
+from k1.levels import LevelIndex
 from k1.mixing import flat_index
 from k1.path import Gradients, PathIndex, PathPass, own_children
-from k1.topology import LevelIndex
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class TokenStore:
         self.extent_on_device = self.extent.to(device)
         self.token_bytes = data.token_bytes.to(device)
         self._mean_token_bytes: float | None = None
+        self._spread: dict[tuple[str, str, int], Batch] = {}
 
     def _windows(self, start: Tensor, domain: Tensor) -> Batch:
         """Cut windows at absolute positions: start, domain int64 [L, B]."""
@@ -71,13 +72,18 @@ class TokenStore:
 
     def spread(self, pool: str, domain: str, windows: int) -> Batch:
         """Cut evenly spaced windows of one domain: the same ones every time. Shapes [1, B, T]."""
+        known = self._spread.get((pool, domain, windows))
+        if known is not None:  # cutting them anew would wait for the device
+            return known
         d = self.domains.index(domain)
         first, length = self.extent[POOLS.index(pool), d].tolist()
         count = min(windows, (length - 1) // self.context)
         gap = (length - self.context - 1) / max(1, count - 1)
         starts = [first + int(i * gap) for i in range(count)]
         start = torch.tensor([starts], dtype=torch.int64, device=self.tokens.device)
-        return self._windows(start, torch.full_like(start, d))
+        batch = self._windows(start, torch.full_like(start, d))
+        self._spread[pool, domain, windows] = batch
+        return batch
 
     def mean_token_bytes(self) -> float:
         """UTF-8 bytes that a token of the training text stands for, on average."""

@@ -1,8 +1,8 @@
 """The shape of one tree: which slot holds which block, and who is whose child.
 
 Slots are grouped by level: level l owns `capacity[l]` consecutive slots, so a tree level is a plain
-slice of every stacked tensor. The topology is small host data; `LevelIndex` is its form for the
-device, padded to the widest lane.
+slice of every stacked tensor. The topology is small host data; `k1.levels` has its form for the
+device.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from k1.errors import TopologyError
 
@@ -45,6 +44,7 @@ class Topology:
         self.next_id = 1
         self.born = [1] + [0] * (len(capacity) - 1)
         self._by_parent: dict[int, list[Block]] | None = None
+        self._table: TreeTable | None = None
 
     @classmethod
     def full(
@@ -56,6 +56,17 @@ class Topology:
         for width in branching:
             parents = [tree.insert(parent) for parent in parents for _ in range(width)]
         return tree
+
+    def _changed(self) -> None:
+        """Drop what was derived from the blocks."""
+        self._by_parent = self._table = None
+
+    @property
+    def table(self) -> TreeTable:
+        """The tree as arrays; a copy of the tree shares it."""
+        if self._table is None:
+            self._table = TreeTable.of(self)
+        return self._table
 
     @property
     def slots(self) -> int:
@@ -155,7 +166,7 @@ class Topology:
         rank = min(set(range(self.max_children)) - used)
         self.born[level] += 1
         self.blocks[slot] = Block(slot, self.next_id, parent, rank, level, self.born[level])
-        self._by_parent = None
+        self._changed()
         self.next_id += 1
         return slot
 
@@ -188,7 +199,7 @@ class Topology:
                 self.blocks[new] = Block(
                     new, block.id, block.parent, old.rank, block.level, block.ordinal
                 )
-                self._by_parent = None
+                self._changed()
             made[slot] = new
         return made
 
@@ -204,13 +215,14 @@ class Topology:
         freed = self.subtree(slot)
         for gone in freed:
             del self.blocks[gone]
-        self._by_parent = None
+        self._changed()
         return freed
 
     def copy(self) -> Topology:
         """Return an independent copy."""
         twin = Topology(self.capacity, self.max_children)
         twin.blocks, twin.next_id, twin.born = dict(self.blocks), self.next_id, list(self.born)
+        twin._by_parent, twin._table = self._by_parent, self._table
         return twin
 
     def signature(self) -> str:
@@ -228,153 +240,80 @@ class Topology:
     def load_dict(self, data: dict[str, Any]) -> None:
         """Take over what `to_dict` wrote for the same capacities."""
         self.blocks = {row[0]: Block(*row) for row in data["blocks"]}
-        self._by_parent = None
+        self._changed()
         self.next_id, self.born = data["next_id"], list(data["born"])
 
 
 @dataclass(frozen=True)
-class LevelIndex:
-    """One level of several lanes as device tensors, `width` slots wide (positions are local).
+class LevelTable:
+    """One level of one tree as arrays, as wide as there are slots (positions are local).
 
-    Shapes use L lanes, W = this level's width, K = most children that any block has.
+    C = slots of the level, K = most children of any block.
     """
 
-    level: int
-    offset: int
-    width: int
-    alive: Tensor
-    """bool [L, W]."""
-    is_leaf: Tensor
-    """bool [L, W]; dead slots count as leaves."""
-    parent: Tensor
-    """int64 [L, W]: position in the level above (0 where dead)."""
-    rank: Tensor
-    """int64 [L, W]."""
-    first: int
-    """Where this level begins in the list of all inputs and outputs: L inputs of roots, then the
-    outputs of each level, lane by lane."""
-    source: Tensor
-    """int64 [L * W]: the place of each block's input in that list; -1 where dead."""
-    row: Tensor
-    """int64 [L * W]: the block's row in the flattened arena, of these lanes alone."""
-    children: Tensor
-    """int64 [L, W, K]: positions in the level below by rank (0 where there is none)."""
-    has_child: Tensor
-    """bool [L, W, K]."""
-    full_ranks: int
-    """Host knowledge: children 0 .. full_ranks - 1 exist for every position of every lane."""
-    any_leaf: bool
-    """Host knowledge: some position of some lane is a leaf or dead."""
+    alive: np.ndarray
+    """bool [C]."""
+    parent: np.ndarray
+    """int64 [C]: position in the level above (0 where dead)."""
+    rank: np.ndarray
+    """int64 [C]."""
+    children: np.ndarray
+    """int64 [C, K]: positions in the level below by rank (0 where there is none)."""
+    has_child: np.ndarray
+    """bool [C, K]."""
 
-    def copy_(self, other: LevelIndex) -> None:
-        """Take over another index of the same shape in place, which keeps the addresses."""
-        for name, value in vars(other).items():
-            if isinstance(value, Tensor):
-                getattr(self, name).copy_(value)
+    @staticmethod
+    def empty(slots: int, ranks: int) -> LevelTable:
+        """Make the table of a level without blocks."""
+        return LevelTable(
+            np.zeros(slots, dtype=np.bool_),
+            np.zeros(slots, dtype=np.int64),
+            np.zeros(slots, dtype=np.int64),
+            np.zeros((slots, ranks), dtype=np.int64),
+            np.zeros((slots, ranks), dtype=np.bool_),
+        )
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How much room the levels of an index have."""
+class TreeTable:
+    """One tree as arrays. S counts slots and the scratch slot, D levels."""
 
+    levels: tuple[LevelTable, ...]
     width: tuple[int, ...]
-    """Slots of each level."""
-    ranks: int
-    """Most children of one block."""
+    """Slots of each level up to the last one in use."""
+    ranks: tuple[int, ...]
+    """For each level, ranks that children of its blocks have: 0 without children."""
+    chain: np.ndarray
+    """int64 [S, D]: slots from the root to each living block; the scratch slot beyond it."""
+    depth: np.ndarray
+    """int64 [S]: blocks on that way, root and block included; 0 where there is no block."""
+    is_leaf: np.ndarray
+    """bool [S]."""
+    shallowest: int
+    """Blocks under the root on the way to the nearest leaf."""
 
     @staticmethod
-    def of(trees: list[Topology]) -> Extent:
-        """Find the least room that some trees need."""
-        ranks, width = 1, [0] * len(trees[0].capacity)
-        for tree in trees:
-            for block in tree.blocks.values():
-                used = block.slot - tree.offset[block.level] + 1
-                width[block.level] = max(width[block.level], used)
-                ranks = max(ranks, block.rank + 1)
-        return Extent(tuple(w for w in width if w), ranks)
-
-    def rounded_up(self, branching: tuple[int, ...], trees: list[Topology]) -> Extent:
-        """Make room for any tree: as the tree began while that suffices, else all there is.
-
-        What is compiled or recorded for one extent then serves until a tree outgrows it.
-        """
-        begun, count = [1], 1
-        for children in branching:
-            count *= children
-            begun.append(count)
-        capacity, most = trees[0].capacity, trees[0].max_children
-        begun += [0] * (len(capacity) - len(begun))
-        width = [
-            begun[level] if used <= begun[level] else capacity[level]
-            for level, used in enumerate(self.width)
-        ]
-        return Extent(tuple(width), max(branching) if self.ranks <= max(branching) else most)
-
-
-def _ranks_under(trees: list[Topology], level: int) -> int:
-    """Count the ranks that children of a level's blocks have: at least 1."""
-    below = (b for tree in trees for b in tree.blocks.values() if b.level == level + 1)
-    return max((block.rank + 1 for block in below), default=1)
-
-
-def index_levels(
-    trees: list[Topology], device: torch.device, extent: Extent | None = None
-) -> list[LevelIndex]:
-    """Lay out the levels of several trees for the device.
-
-    Args:
-        trees: one for each lane.
-        device: where the index is held.
-        extent: room to leave; by default each level is as wide as its widest lane, with room for
-            the children that its blocks have, and the index says what the host knows of these
-            trees. With an extent it knows nothing of them.
-    """
-    host_knows = extent is None
-    extent = extent or Extent.of(trees)
-    first, width = trees[0], extent.width
-    depth, slots = len(width), first.slots + 1
-    lanes, levels, first_place = len(trees), [], 0
-    for level in range(depth):
-        offset, w = first.offset[level], width[level]
-        alive = torch.zeros(lanes, w, dtype=torch.bool)
-        parent, rank = (torch.zeros(lanes, w, dtype=torch.int64) for _ in range(2))
-        most = _ranks_under(trees, level) if host_knows else extent.ranks
-        children = torch.zeros(lanes, w, most, dtype=torch.int64)
-        has_child = torch.zeros(lanes, w, most, dtype=torch.bool)
-        for lane, tree in enumerate(trees):
-            for block in tree.blocks.values():
-                if block.level == level:
-                    here = block.slot - offset
-                    alive[lane, here] = True
-                    rank[lane, here] = block.rank
-                    parent[lane, here] = max(0, block.parent - tree.offset[max(0, level - 1)])
-                elif block.level == level + 1:
-                    up = block.parent - offset
-                    children[lane, up, block.rank] = block.slot - tree.offset[level + 1]
-                    has_child[lane, up, block.rank] = True
-        lane_number = torch.arange(lanes)[:, None]
-        above, before = (width[level - 1], first_place) if level else (1, 0)
-        first_place = before + lanes * above
-        source = torch.where(alive, before + parent + lane_number * above, -1)
-        row = torch.arange(offset, offset + w) + lane_number * slots
-        is_leaf = ~has_child.any(-1)
-        everywhere = has_child.flatten(0, 1).all(0).tolist()
-        levels.append(
-            LevelIndex(
-                level,
-                offset,
-                w,
-                alive=alive.to(device),
-                is_leaf=is_leaf.to(device),
-                parent=parent.to(device),
-                rank=rank.to(device),
-                first=first_place,
-                source=source.flatten().to(device),
-                row=row.flatten().to(device),
-                children=children.to(device),
-                has_child=has_child.to(device),
-                full_ranks=(*everywhere, False).index(False) if host_knows else 0,
-                any_leaf=bool(is_leaf.any()) or not host_knows,
-            )
-        )
-    return levels
+    def of(tree: Topology) -> TreeTable:
+        """Lay out a tree."""
+        depth_of_all = len(tree.capacity)
+        levels = tuple(LevelTable.empty(c, tree.max_children) for c in tree.capacity)
+        width, ranks = [0] * depth_of_all, [0] * depth_of_all
+        chain = np.full((tree.slots + 1, depth_of_all), tree.slots)
+        depth = np.zeros(tree.slots + 1, dtype=np.int64)
+        is_leaf = np.zeros(tree.slots + 1, dtype=np.bool_)
+        for block in tree.blocks.values():
+            here, own = block.slot - tree.offset[block.level], levels[block.level]
+            own.alive[here], own.rank[here] = True, block.rank
+            width[block.level] = max(width[block.level], here + 1)
+            if block.level:
+                up = block.parent - tree.offset[block.level - 1]
+                above = levels[block.level - 1]
+                own.parent[here] = up
+                above.children[up, block.rank], above.has_child[up, block.rank] = here, True
+                ranks[block.level - 1] = max(ranks[block.level - 1], block.rank + 1)
+            path = tree.path(block.slot)
+            chain[block.slot, : len(path)] = path
+            depth[block.slot] = len(path)
+            is_leaf[block.slot] = tree.is_leaf(block.slot)
+        shallowest = int(depth[is_leaf].min()) - 1
+        return TreeTable(levels, tuple(width), tuple(ranks), chain, depth, is_leaf, shallowest)

@@ -157,8 +157,8 @@ class Trainer:
         total = sum(shares.values())
         if unknown or not total > 0 or min(shares.values()) < 0:
             raise ConfigError(f"impossible mix {shares}: domains are {self.data.domains}")
-        row = [shares.get(domain, 0.0) / total for domain in self.data.domains]
-        self.arena["mix"][self.lane] = torch.tensor(row, device=self.device)
+        row = tuple(shares.get(domain, 0.0) / total for domain in self.data.domains)
+        self.arena.set_mix(self.lane, row)
 
     def evaluate(
         self, split: str = "validation", domains: tuple[str, ...] | None = None

@@ -16,13 +16,15 @@ from k1.errors import K1Error
 from k1env.instances import Choice, Instance
 from k1env.observation import observation_space, observe
 from k1env.outcome import LedgerLike
-from k1env.schedule import Task
+from k1env.schedule import Read, Records, Task, read_records
 from k1env.session import Seat, Session
 from k1env.settings import DEFAULT_INSTANCE, Settings
 from k1env.setup import Setup, set_up
 
 Observation = dict[str, np.ndarray]
 StepReturn = tuple[Observation, float, bool, bool, dict[str, Any]]
+Trained = dict[tuple[int, Instance | None], LaneState]
+"""Systems as Phase 1 left them, by seed and world."""
 _MOST_TRAINED = 4
 
 
@@ -132,7 +134,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self.settings, self.data = setup.settings, setup.data
         self.device, self._start, self._instance = setup.device, setup.start, setup.instance
         self.render_mode, self._ledger = render_mode, ledger
-        self._trained: dict[tuple[int, Instance | None], LaneState] = {}
+        self._trained: Trained = {}
+        self._most_trained, self._seeds = _MOST_TRAINED, 1 << 31
         self._before: tuple[Any, Any] | None = None
         self._can_undo = seat is None
         self.session = self._new_session(0, seat)
@@ -150,6 +153,16 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         env = cls.__new__(cls)
         env._furnish(setup, ledger, seat=seat)
         return env
+
+    def share_starts(self, trained: Trained, starts: int) -> None:
+        """Draw the seeds of episodes from so many, and run Phase 1 once for each.
+
+        Args:
+            trained: where environments that share it keep their systems as Phase 1 left them.
+            starts: how many seeds there are: 0, 1, ...
+        """
+        self._trained, self._most_trained, self._seeds = trained, starts, starts
+        self.session.keeps_trained = True
 
     def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
         return Session(
@@ -192,18 +205,18 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     ) -> Task[tuple[Observation, dict[str, Any]]]:
         """Do what `reset` does, as a task."""
         super().reset(seed=seed)
-        drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
+        drawn = seed if seed is not None else int(self.np_random.integers(self._seeds))
         self.session.rebind(drawn, (options or {}).get("instance"))
         start = (drawn, self.session.world.instance)
         self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
         yield from self.session.begin_task()
         trained = self.session.trained
         if self._start is None and trained is not None and start not in self._trained:
-            while len(self._trained) >= _MOST_TRAINED:
+            while len(self._trained) >= self._most_trained:
                 del self._trained[next(iter(self._trained))]
             self._trained[start] = trained
         self._before = None
-        return self.observe()
+        return (yield from self._observe_task())
 
     def step(self, action: int | np.integer) -> StepReturn:
         """Carry out or try an action, then train for an interval.
@@ -227,20 +240,30 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         truncated = ended and self.session.out_of_budget
         if self.render_mode == "human":
             self.render()
-        observation, info = self.observe()
+        observation, info = yield from self._observe_task()
         return observation, reward, ended and not truncated, truncated, info
 
     def observe(self) -> tuple[Observation, dict[str, Any]]:
         """Describe the present state: what `reset` or the last `step` returned."""
-        return observe(self.session, self.session.last), self._info()
+        return self._describe(read_records(self.session.arena, [self.session.main])[0])
 
-    def _info(self) -> dict[str, Any]:
-        session, last, possible = self.session, self.session.last, self.action_masks()
+    def _observe_task(self) -> Task[tuple[Observation, dict[str, Any]]]:
+        """Do what `observe` does, as a task."""
+        records = yield Read(self.session.main)
+        return self._describe(records)
+
+    def _describe(self, records: Records) -> tuple[Observation, dict[str, Any]]:
+        return observe(self.session, self.session.last, records), self._info(records)
+
+    def _info(self, records: Records) -> dict[str, Any]:
+        session, last = self.session, self.session.last
+        mean = records["mean_responsibility"].tolist()
+        possible, permitted = session.moves.masks(session.boundary, mean)
         refused = bool(last and last.refused)
         impossible = bool(last and last.impossible)
         return {
             "action_mask": possible,
-            "permitted_mask": self._permitted(possible),
+            "permitted_mask": permitted,
             "stage": session.boundary.stage,
             "evidence": float(session.boundary.evidence),
             "decision": session.decision,
@@ -259,19 +282,11 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
     def action_masks(self) -> np.ndarray:
         """Which actions are possible: int8, one entry per action."""
-        session = self.session
-        return np.array([session.possible(a) for a in session.table], dtype=np.int8)
+        return self.session.moves.masks(self.session.boundary)[0]
 
     def permitted_mask(self) -> np.ndarray:
         """Which possible actions the present stage permits: int8, one entry per action."""
-        return self._permitted(self.action_masks())
-
-    def _permitted(self, possible: np.ndarray) -> np.ndarray:
-        boundary, moves = self.session.boundary, self.session.moves
-        mask = possible.copy()
-        for index in np.flatnonzero(possible):
-            mask[index] = boundary.rule(moves.request(moves.table[index])).permitted
-        return mask
+        return self.session.moves.masks(self.session.boundary)[1]
 
     # -- looking ahead and back --------------------------------------------------------------------
 

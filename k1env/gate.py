@@ -116,6 +116,15 @@ class TrialResult:
         return cls(**{**data, **arms, **digests})
 
 
+def differences(
+    other: Sequence[float], cheat: Sequence[float], *, stop: bool = False
+) -> list[float]:
+    """Gains of one arm over the other, seed by seed, as shares of the loss."""
+    if stop:
+        return [(c - o) / c for o, c in zip(other, cheat, strict=True)]
+    return [(o - c) / o for o, c in zip(other, cheat, strict=True)]
+
+
 def compare(
     other: Sequence[float], cheat: Sequence[float], config: GateConfig, *, stop: bool = False
 ) -> Comparison:
@@ -124,10 +133,7 @@ def compare(
     With `stop`, the question is turned round: `other` is the system that trained on, `cheat` the
     one that stopped, and the test is passed if training on gains less than the margin.
     """
-    if stop:
-        pairs = [(c - o) / c for o, c in zip(other, cheat, strict=True)]
-    else:
-        pairs = [(o - c) / o for o, c in zip(other, cheat, strict=True)]
+    pairs = differences(other, cheat, stop=stop)
     if not all(math.isfinite(d) for d in pairs):
         return NOT_FINITE
     mean = math.fsum(pairs) / len(pairs)
@@ -212,8 +218,7 @@ class Gate:
                         fresh = derive_seed("trial", seed, done + i)
                         arena["data_seed"][lanes[arm] + i] = fresh
                 change(lanes[CHEAT] + i)
-                self._check_twins([lanes[arm] + i for arm in arms])
-                streams.append(self._stream_digest(lanes[CONTROL] + i))
+            streams += self._stream_digests(lanes, size)
             lane_steps += yield from self._train(arms, lanes, size, keep=done == 0, stop=stop)
             scoring = self._score(arms, lanes, size, done, seed, mix, price)
             group_windows, group_scores = yield from scoring
@@ -227,24 +232,25 @@ class Gate:
                 break
         return self._judge(scores, streams, windows, done, lane_steps, stop)
 
-    def _check_twins(self, lanes: list[int]) -> None:
-        """See that lanes will meet the same batches.
+    def _stream_digests(self, arms: dict[str, int], size: int) -> list[str]:
+        """Hash what each seed's training batches follow from, which is one thing for all its arms.
+
+        Args:
+            arms: first lane of each arm.
+            size: seeds, and so lanes of each arm.
 
         Raises:
-            AssertionError: if not: luck would pass for improvement.
+            AssertionError: if twins are to meet different batches: luck would pass for improvement.
         """
-        arena = self.engine.arena
+        low, high = min(arms.values()), max(arms.values()) + size
+        digests = [hashlib.sha256() for _ in range(size)]
         for name in ("data_seed", "data_cursor", "mix"):
-            first = arena[name][lanes[0]]
-            same = all(torch.equal(arena[name][lane], first) for lane in lanes[1:])
-            assert same, f"twins differ in {name}"
-
-    def _stream_digest(self, lane: int) -> str:
-        """Hash what a lane's training batches follow from."""
-        digest = hashlib.sha256()
-        for name in ("data_seed", "data_cursor", "mix"):
-            digest.update(self.engine.arena[name][lane].cpu().numpy().tobytes())
-        return digest.hexdigest()
+            rows = self.engine.arena[name][low:high].cpu().numpy()
+            for i, digest in enumerate(digests):
+                parts = {rows[first + i - low].tobytes() for first in arms.values()}
+                assert len(parts) == 1, f"twins differ in {name}"
+                digest.update(parts.pop())
+        return [digest.hexdigest() for digest in digests]
 
     def _train(
         self, arms: list[str], lanes: dict[str, int], size: int, *, keep: bool, stop: bool
@@ -285,9 +291,8 @@ class Gate:
             row,
             config.windows,
         )
-        digests = [
-            hashlib.sha256(batch.inputs[i].cpu().numpy().tobytes()).hexdigest() for i in range(size)
-        ]
+        inputs = batch.inputs.cpu().numpy()
+        digests = [hashlib.sha256(own.tobytes()).hexdigest() for own in inputs]
         every_arm = batch.map(lambda t: t.repeat(len(arms), *[1] * (t.dim() - 1)))
         stop = self.first + len(arms) * size
         bits = yield Score(self.first, stop, every_arm)
@@ -301,17 +306,17 @@ class Gate:
         for arm in scores:
             if arm == CHEAT:
                 continue
-            so_far = compare(scores[arm], scores[CHEAT], config, stop=stop)
-            gains = so_far.differences
-            if not gains:
+            gains = differences(scores[arm], scores[CHEAT], stop=stop)
+            if not all(math.isfinite(gain) for gain in gains):
                 return True
+            mean = math.fsum(gains) / len(gains)
             if len(gains) <= config.early:
                 limit = config.margin if stop else 0.0
                 against = all(not (d < limit if stop else d > limit) for d in gains)
             elif stop:
-                against = not so_far.mean < config.margin
+                against = not mean < config.margin
             else:
-                against = not so_far.mean > config.margin
+                against = not mean > config.margin
             if against:
                 return True
         return False

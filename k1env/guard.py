@@ -24,12 +24,15 @@ class DivergenceGuard:
         self.rollbacks = 0
         self.in_a_row = 0
 
-    def remember(self, phase: int, loss: float) -> None:
-        """Keep the lane as it is if it is the best of its phase so far."""
+    def is_best(self, phase: int, loss: float) -> bool:
+        """Whether a loss is the best of its phase so far; if so, `remember` what reached it."""
         if phase != self.phase:
             self.phase, self.best_loss = phase, math.inf
-        if loss < self.best_loss:
-            self.best, self.best_loss = self.arena.read_lane(self.lane), loss
+        return loss < self.best_loss
+
+    def remember(self, state: LaneState, loss: float) -> None:
+        """Take a copy of the lane for the best so far."""
+        self.best, self.best_loss = state, loss
 
     def check(self, phase: int, loss: float, finite: bool) -> bool:
         """Go back to the best state if the present one is not finite or far worse.
@@ -47,7 +50,6 @@ class DivergenceGuard:
         """
         if finite and (phase != self.phase or loss <= self.tolerance * self.best_loss):
             self.in_a_row = 0
-            self.remember(phase, loss)
             return False
         assert self.best is not None
         cursor = self.arena["data_cursor"][self.lane].clone()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import SupportsIndex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from k1 import edits
 from k1.arena import Arena
@@ -14,6 +18,18 @@ from k1env.actions import Action, ActionError, action_table, tuned_value
 from k1env.boundary import Boundary, Request
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """The latest masks, and what they depend on."""
+
+    tree: Topology
+    rest: Any
+    step: int | None
+    """Training step, where it matters which child is the most responsible."""
+    possible: np.ndarray
+    permitted: np.ndarray
+
+
 class Moves:
     """The action table, bound to the lane that it is about."""
 
@@ -21,6 +37,7 @@ class Moves:
         """Lay the table out for an arena's configuration."""
         self.arena, self.lane = arena, lane
         self.table = action_table(arena.config.model)
+        self._known: _Masks | None = None
 
     @property
     def _tree(self) -> Topology:
@@ -63,10 +80,18 @@ class Moves:
         now = self.arena.get_hyper(lane)[action.parameter]
         return tuned_value(action.parameter, now, action.value)
 
-    def why_impossible(self, action: Action, boundary: Boundary) -> str | None:
-        """Say why an action cannot be done at all, whatever is permitted; None if it can."""
+    def why_impossible(
+        self, action: Action, boundary: Boundary, mean: Sequence[float] | None = None
+    ) -> str | None:
+        """Say why an action cannot be done at all, whatever is permitted; None if it can.
+
+        Args:
+            action: the action.
+            boundary: the limits.
+            mean: running responsibilities by slot, if they have been read already.
+        """
         if action.kind == actions.ADD:
-            return edits.why_not_add(self.arena, self.lane, action.slot)
+            return edits.why_not_add(self.arena, self.lane, action.slot, mean)
         if action.kind == actions.DELETE and action.slot not in self._tree.blocks:
             return f"slot {action.slot} holds no block"
         hard, request = boundary.hard, self.request(action)
@@ -81,6 +106,34 @@ class Moves:
         if action.kind in (actions.BENCHMARK, actions.GOAL) and boundary.stage < 4:
             return "own benchmarks and goals exist in stage 4 only"
         return None
+
+    def masks(
+        self, boundary: Boundary, mean: Sequence[float] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which actions are possible, and which of these the stage permits: int8 [actions] each.
+
+        Args:
+            boundary: stage, bounds and limits.
+            mean: running responsibilities by slot, if they have been read already.
+        """
+        tree, step = self._tree, self.arena.host_step[self.lane]
+        rest = self.arena.get_hyper(self.lane), boundary.stage, boundary.bounds, boundary.hard
+        known = self._known
+        if (
+            known is None
+            or known.tree is not tree
+            or known.rest != rest
+            or known.step not in (None, step)
+        ):
+            fixed = not any(edits.depends_on_split(tree, slot) for slot in tree.blocks)
+            possible = np.array(
+                [self.why_impossible(a, boundary, mean) is None for a in self.table], dtype=np.int8
+            )
+            permitted = possible.copy()
+            for index in np.flatnonzero(possible):
+                permitted[index] = boundary.rule(self.request(self.table[index])).permitted
+            self._known = known = _Masks(tree, rest, None if fixed else step, possible, permitted)
+        return known.possible.copy(), known.permitted.copy()
 
     def change(self, action: Action, lane: int) -> None:
         """Make an action's change in a lane (nothing for those that change no lane)."""

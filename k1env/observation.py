@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from k1env.boundary import EVIDENCE_TO_ADVANCE
 from k1env.outcome import Outcome
+from k1env.schedule import Records
 from k1env.session import Session
 
 MOST_BITS = 8.0
@@ -70,32 +71,33 @@ def observation_space(slots: int, domains: int) -> spaces.Space[dict[str, np.nda
     return cast(spaces.Space[dict[str, np.ndarray]], space)
 
 
-def observe(session: Session, last: Outcome | None) -> dict[str, np.ndarray]:
-    """Describe a session after its last decision."""
+def observe(session: Session, last: Outcome | None, records: Records) -> dict[str, np.ndarray]:
+    """Describe a session after its last decision, with the records of its lane."""
     rows = {
-        "system": _system(session, last),
+        "system": _system(session, last, records),
         "hyper": _hyper(session),
         "boundary": _boundary(session, last),
-        "agents": _agents(session),
+        "agents": _agents(session, records),
         "domains": _domains(session),
     }
     return {name: _box(values) for name, values in rows.items()}
 
 
 def _box(values: Any) -> np.ndarray:
-    array = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=1.0, posinf=1.0, neginf=-1.0)
+    array = np.array(values, dtype=np.float64)
+    array[np.isnan(array)] = 1.0
     return np.clip(array, -1.0, 1.0).astype(np.float32).reshape(-1)
 
 
-def _system(session: Session, last: Outcome | None) -> list[float]:
+def _system(session: Session, last: Outcome | None, records: Records) -> list[float]:
     arena, settings = session.arena, session.settings
     step = max(1, session.trainer.steps)
     seen = [session.bits[d] for d in session.seen]
     return [
-        float(arena["loss"][session.main]) / math.log(2) / session.bytes_per_token / MOST_BITS,
+        float(records["loss"]) / math.log(2) / session.bytes_per_token / MOST_BITS,
         sum(seen) / len(seen) / MOST_BITS,
         math.tanh(10 * last.fall) if last else 0.0,
-        float(arena["skipped"][session.main]) / step,
+        float(records["skipped"]) / step,
         session.spent / settings.budget,
         session.decision / settings.max_decisions,
         session.world.into_phase(session.decision) / settings.phase_decisions,
@@ -129,12 +131,12 @@ def _boundary(session: Session, last: Outcome | None) -> list[float]:
     ]
 
 
-def _agents(session: Session) -> np.ndarray:
+def _agents(session: Session, records: Records) -> np.ndarray:
     arena, tree = session.arena, session.tree
     table = np.zeros((arena.scratch - 1, len(AGENT_FIELDS)))
     step = max(1, session.trainer.steps)
     names = ("born", "mean_responsibility", "updates", "last_update")
-    born, mean, updates, last = (arena[n][session.main].cpu().numpy() for n in names)
+    born, mean, updates, last = (records[name] for name in names)
     most = max((float(mean[s]) for s in tree.blocks if s), default=0.0) or 1.0
     deepest = max(1, len(tree.capacity) - 1)
     parents = {block.parent for block in tree.blocks.values()}

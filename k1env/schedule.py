@@ -7,17 +7,21 @@ do not depend on its company: how a session goes is written once, and goes the s
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
+from k1.arena import Arena, LaneState
 from k1.engine import Engine, Factor, Stretch
 from k1.errors import K1Error
 from k1.forward import Batch
 
 T = TypeVar("T")
+RECORDS = ("loss", "skipped", "born", "mean_responsibility", "updates", "last_update")
+"""State of an arena that observations are made of."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,31 @@ class Claim:
     lanes: int
 
 
-Request = Train | Evaluate | Score | Claim
+@dataclass(frozen=True)
+class Read:
+    """Read the records of a lane's training. The answer: `Records`."""
+
+    lane: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Copy a lane's state. The answer is a `LaneState`, good until the same lane is kept again."""
+
+    lane: int
+
+
+Request = Train | Evaluate | Score | Claim | Read | Keep
+Records = dict[str, np.ndarray]
+"""What `RECORDS` names, of one lane: numbers as arrays without axes, or one number for a slot."""
 Task = Generator[Request, Any, T]
+
+
+def read_records(arena: Arena, lanes: Sequence[int]) -> list[Records]:
+    """Read the records of lanes, all at once: each look at the device is a wait for it."""
+    low, high = min(lanes), max(lanes) + 1
+    table = {name: arena[name][low:high].cpu().numpy().copy() for name in RECORDS}
+    return [{name: rows[lane - low] for name, rows in table.items()} for lane in lanes]
 
 
 class Room:
@@ -105,6 +132,12 @@ class Calls(Protocol):
         """Answer each request."""
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
+        """Answer each request."""
+
+    def read(self, requests: Sequence[Read]) -> list[Records]:
+        """Answer each request."""
+
+    def keep(self, requests: Sequence[Keep]) -> list[LaneState]:
         """Answer each request."""
 
 
@@ -174,6 +207,14 @@ class Separate:
         found = self._measure([(r.start, r.stop, r.batch) for r in requests])
         return [bits if isinstance(bits, Exception) else bits.tolist() for bits in found]
 
+    def read(self, requests: Sequence[Read]) -> list[Records]:
+        """Answer each request."""
+        return read_records(self.engine.arena, [r.lane for r in requests])
+
+    def keep(self, requests: Sequence[Keep]) -> list[LaneState]:
+        """Answer each request."""
+        return [self.engine.arena.read_lane(r.lane) for r in requests]
+
     def _measure(self, ranges: list[tuple[int, int, Batch]]) -> list[Tensor | Exception]:
         if len(ranges) > 1:
             return self.engine.bits_per_byte_all(ranges)
@@ -194,6 +235,12 @@ class Scheduler:
             spare: lanes that tasks can claim.
         """
         self.calls, self.spare = calls, spare
+        self._looks: list[tuple[type, Callable[[list[Any]], Sequence[Any]]]] = [
+            (Evaluate, calls.evaluate),
+            (Score, calls.score),
+            (Read, calls.read),
+            (Keep, calls.keep),
+        ]
         self._held = [False] * len(spare)
 
     def run(self, tasks: Sequence[Task[T]]) -> list[T]:
@@ -240,15 +287,12 @@ class Scheduler:
         claims = self._admit({n: r.lanes for n, r in asked.items() if isinstance(r, Claim)})
         if claims:
             return claims
-        evaluations = {n: r for n, r in asked.items() if isinstance(r, Evaluate)}
-        scores = {n: r for n, r in asked.items() if isinstance(r, Score)}
-        if evaluations or scores:
-            answers: dict[int, Any] = {}
-            if evaluations:
-                found = self.calls.evaluate(list(evaluations.values()))
-                answers |= zip(evaluations, found, strict=True)
-            if scores:
-                answers |= zip(scores, self.calls.score(list(scores.values())), strict=True)
+        answers: dict[int, Any] = {}
+        for kind, answer in self._looks:
+            alike = {n: r for n, r in asked.items() if isinstance(r, kind)}
+            if alike:
+                answers |= zip(alike, answer(list(alike.values())), strict=True)
+        if answers:
             return answers
         trains = {n: r for n, r in asked.items() if isinstance(r, Train)}
         if not trains:

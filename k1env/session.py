@@ -46,7 +46,7 @@ from k1env.guard import DivergenceGuard
 from k1env.instances import Choice
 from k1env.moves import Moves
 from k1env.outcome import LedgerLike, MemoryLedger, Outcome
-from k1env.schedule import Claim, Evaluate, Scheduler, Separate, Task, Train
+from k1env.schedule import Claim, Evaluate, Keep, Scheduler, Separate, Task, Train
 from k1env.settings import Settings
 from k1env.snapshot import restore_snapshot, take_snapshot
 from k1env.world import Worlds
@@ -216,7 +216,7 @@ class Session:
         self.reference_flops = self.step_flops(self.main)
         self.bits = self.bits_start = yield self._evaluation
         self.visited = [self.moves.signature(self.main)]
-        self.guard.remember(self.world.phase(0), self.bits[self.world.current(0)])
+        yield from self._remember(self.world.phase(0), self.bits[self.world.current(0)])
         log_start(self)
 
     def act(self, index: int) -> Outcome:
@@ -291,7 +291,7 @@ class Session:
         """Try what is forbidden, and allow it if it really improves things."""
         action = request.action
         if self.shadow_diverged:
-            self.arena["mix"][self.shadow] = self.arena["mix"][self.main]
+            self.arena.copy_mix(self.main, self.shadow)
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
         shares = [1.0 / len(self.seen) if d in self.seen else 0.0 for d in self.data.domains]
@@ -349,7 +349,7 @@ class Session:
         lanes: tuple[int, ...] = (self.main,)
         if self.shadow_diverged:
             lanes = (self.main, self.shadow)
-            self.arena["mix"][self.shadow] = self.arena["mix"][self.main]
+            self.arena.copy_mix(self.main, self.shadow)
         self.notify("train", done=0, total=self.settings.interval)
         yield Train(lanes, self.settings.interval)
         outcome.spent += len(lanes) * self.settings.interval
@@ -393,7 +393,14 @@ class Session:
         went_back = self.guard.check(phase, loss, finite)
         if went_back:
             self.bits = yield self._evaluation
+        else:
+            yield from self._remember(phase, loss)
         return went_back
+
+    def _remember(self, phase: int, loss: float) -> Task[None]:
+        """Let the guard have the present state if it is the best so far."""
+        if self.guard.is_best(phase, loss):
+            self.guard.remember((yield Keep(self.main)), loss)
 
     @property
     def _evaluation(self) -> Evaluate:

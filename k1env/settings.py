@@ -94,6 +94,13 @@ _PRESETS = {
         budget=4_000,
         max_decisions=60,
     ),
+    "small": Settings(
+        gate=GateConfig(horizon=8, anneal=4, group=6, windows=16),
+        phase1_steps=60,
+        interval=16,
+        budget=4_000,
+        max_decisions=120,
+    ),
     "gpu": Settings(
         gate=GateConfig(group=6, windows=128),
         phase1_steps=1_000,

@@ -42,7 +42,7 @@ def take_snapshot(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if session.shadow_diverged:
         lanes["shadow"] = session.arena.read_lane(session.shadow)
     if session.guard.best is not None:
-        lanes["best"] = session.guard.best
+        lanes["best"] = session.guard.best.own()
     tensors = {f"{k}.{n}": t for k, lane in lanes.items() for n, t in lane.tensors.items()}
     state = {
         "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},

@@ -19,7 +19,7 @@ from k1.data import TextData
 from k1.engine import Engine
 from k1.errors import K1Error
 from k1.trainer import Trainer
-from k1env.env import Observation, Phase2Env
+from k1env.env import Observation, Phase2Env, Trained
 from k1env.gate import Gate
 from k1env.instances import Choice
 from k1env.outcome import UNLOGGED, LedgerLike
@@ -68,6 +68,9 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     `spare_lanes` is how many lanes trials share; a trial that finds no room waits. `wide` lets many
     lanes go through the engine as one batch (`k1env.wide`), as is the default on a GPU; it pads
     all trees to the widest, and equals a single environment to rounding, not to the last bit.
+    With `starts`, episodes draw their seeds from so many (0, 1, ...) in place of all there are, and
+    Phase 1 is run once for each, before the first of them: it takes longer than many steps of all
+    environments, and they would wait for each that begins anew.
 
     ## Versus one environment
     There is no rendering and no `undo`. `envs` has the single environments, for `fork` and `peek`.
@@ -90,6 +93,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         wide: bool | None = None,
         render_mode: None = None,
         instance: Choice | Sequence[Choice] | None = None,
+        starts: int | None = None,
     ) -> None:
         """Load the text and lay out the lanes; nothing is trained before `reset`.
 
@@ -98,6 +102,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """
         if num_envs < 1:
             raise K1Error(f"num_envs = {num_envs}: use 1 or more")
+        if starts is not None and starts < 1:
+            raise K1Error(f"starts = {starts}: use 1 or more, or None for all seeds there are")
         if render_mode is not None:
             raise K1Error("vector environments are not rendered: leave render_mode out")
         configs, choices = _each("config", config, num_envs), _each("instance", instance, num_envs)
@@ -116,6 +122,11 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         wide = wide if wide is not None else first.device.type != "cpu"
         self.envs = _seat(setups, ledgers, spare_lanes, wide)
         self._scheduler = self.envs[0].session.scheduler
+        self._unprepared = range(0 if starts is None else starts)
+        if starts is not None:
+            trained: Trained = {}
+            for env in self.envs:
+                env.share_starts(trained, starts)
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -161,6 +172,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """
         worlds = _each("instance", instance, self.num_envs)
         numbers = list(range(self.num_envs) if chosen is None else chosen)
+        self._prepare()
         for i in numbers:
             self._observations[i] = None
         tasks = [self.envs[i].reset_task(seeds[i], {"instance": worlds[i]}) for i in numbers]
@@ -168,6 +180,15 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for i, (observation, _) in done.items():
             self._observations[i], self._ended[i] = observation, False
         return done
+
+    def _prepare(self) -> None:
+        """Run Phase 1 for all starts, before anything else: so it comes to the same every time."""
+        while self._unprepared:
+            now, self._unprepared = (
+                self._unprepared[: self.num_envs],
+                self._unprepared[self.num_envs :],
+            )
+            self._scheduler.run([e.reset_task(s) for e, s in zip(self.envs, now, strict=False)])
 
     def step_each(self, actions: Any) -> list[Stepped]:
         """Step every environment; returns each one's result.
@@ -237,6 +258,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             CheckpointError: if it belongs to others.
         """
+        self._prepare()
         self._observations = [None] * self.num_envs
         self._ended = restore_vector_snapshot(self.envs, tensors, state)
         self._observations = [env.observe()[0] for env in self.envs]
@@ -367,8 +389,9 @@ def _seat(
     trainer = Trainer(system, setup.data, device=setup.device, lanes=lanes)
     trainer.arena.copy_lane(0, *range(1, lanes))  # wide calls come across lanes without an owner
     if wide:
+        trainer.arena.roomy = True  # or each tree that grows would call for other graphs
         trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
-    calls = Wide(trainer.engine) if wide else Separate(trainer.engine)
+    calls = Wide(trainer.engine, count) if wide else Separate(trainer.engine)
     scheduler = Scheduler(calls, range(2 * count, lanes))
     envs = []
     for i, own in enumerate(setups):

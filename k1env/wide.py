@@ -1,8 +1,9 @@
 """Few wide calls of the engine in place of many narrow ones, for a device that likes them.
 
-On a GPU a step of one lane takes about as long as a step of `CALL` lanes. So the lanes that wait
-for the same thing are covered with aligned ranges, and the lanes in between are trained along and
-come back as they were. The ranges are few, for each is recorded as a graph of its own.
+On a GPU a step of one lane takes nearly as long as a step of `CALL` lanes, and each range of lanes
+that is trained is recorded as a graph of its own, which takes as long as hundreds of steps. So the
+lanes that wait for the same thing are covered with few aligned ranges, and the lanes in between are
+trained along and come back as they were.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from k1.arena import Arena
+from k1.arena import Arena, LaneState
 from k1.engine import Engine
+from k1.errors import K1Error
 from k1.forward import Batch
-from k1env.schedule import Evaluate, Score, Train
+from k1env.schedule import Evaluate, Keep, Read, Records, Score, Train, read_records
 
-CALL = 16
+CALL = 64
 """Lanes that a call costs besides those that it is about, and the width of the narrowest call."""
 
 
@@ -67,12 +69,24 @@ def untouched(arena: Arena, lanes: Sequence[int]) -> Iterator[None]:
             arena.host_step[lane] = step
 
 
+def _join(batches: Sequence[Batch]) -> Batch:
+    """Put the windows of lanes into one batch, lane by lane."""
+    names = ("inputs", "targets", "starts", "domain")
+    return Batch(*[torch.cat([getattr(batch, name) for batch in batches]) for name in names])
+
+
 class Wide:
     """Requests become few wide calls. An error of a call ends everything: nobody owns it alone."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Bind the engine, which has to take all lanes in one chunk."""
-        self.engine = engine
+    def __init__(self, engine: Engine, keeps: int) -> None:
+        """Bind the engine, which has to take all lanes in one chunk.
+
+        Args:
+            engine: does the work.
+            keeps: how many lanes, the first ones, can be kept.
+        """
+        self.engine, self._keeps = engine, keeps
+        self._kept: dict[str, Tensor] = {}
 
     def train(self, requests: Sequence[Train]) -> list[int | Exception]:
         """Train all requests of a mode by as many steps as the shortest has left."""
@@ -114,22 +128,59 @@ class Wide:
         return table.index_copy_(1, where, torch.tensor(rows, device=arena.device))
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[dict[str, float] | Exception]:
-        """Answer each request, domain by domain."""
-        engine, answers = self.engine, [dict[str, float]() for _ in requests]
-        windows = engine.arena.config.train.eval_windows
-        for split, own in dict.fromkeys((r.split, r.windows) for r in requests):
-            alike = {
-                r.lane: i for i, r in enumerate(requests) if (r.split, r.windows) == (split, own)
-            }
-            for domain in engine.store.domains:
-                by_lane = {n: i for n, i in alike.items() if domain in requests[i].domains}
-                batch = engine.store.spread(split, domain, windows if own is None else own)
-                for low, high in cover(list(by_lane), engine.arena.lanes):
-                    bits = engine.bits_per_byte(low, high, batch).tolist()
-                    for lane in range(low, high):
-                        if lane in by_lane:
-                            answers[by_lane[lane]][domain] = bits[lane - low]
-        return list(answers)
+        """Answer each request: first all of them in their first domain, then in their second."""
+        store = self.engine.store
+        answers: list[dict[str, float] | Exception] = [{} for _ in requests]
+        default = self.engine.arena.config.train.eval_windows
+        for split, windows in dict.fromkeys((r.split, r.windows) for r in requests):
+            chosen = [i for i, r in enumerate(requests) if (r.split, r.windows) == (split, windows)]
+            count = default if windows is None else windows
+            text = {d: store.spread(split, d, count) for d in store.domains}
+            todo = {i: [d for d in store.domains if d in requests[i].domains] for i in chosen}
+            while todo:
+                # A pool that is too short for all windows has fewer of them.
+                width = text[next(iter(todo.values()))[0]].inputs.shape[1]
+                now = {i: d for i, (d, *_) in todo.items() if text[d].inputs.shape[1] == width}
+                found = self._evaluate({requests[i].lane: text[d] for i, d in now.items()})
+                for i, domain in now.items():
+                    answer = answers[i]
+                    assert isinstance(answer, dict)
+                    answer[domain] = found[requests[i].lane]
+                    todo[i] = todo[i][1:]
+                todo = {i: left for i, left in todo.items() if left}
+        return answers
+
+    def _evaluate(self, text: dict[int, Batch]) -> dict[int, float]:
+        """Measure each lane on its windows [1, B, T], as many for one as for the other."""
+        engine, found = self.engine, dict[int, float]()
+        kinds = {id(batch): batch for batch in text.values()}
+        row = {key: i for i, key in enumerate(kinds)}
+        joined = _join(list(kinds.values()))
+        for low, high in cover(list(text), engine.arena.lanes):
+            rows = [row[id(text[lane])] if lane in text else 0 for lane in range(low, high)]
+            index = torch.tensor(rows, device=engine.arena.device)
+            bits = engine.bits_per_byte(low, high, joined.map(itemgetter(index))).tolist()
+            found |= {lane: bits[lane - low] for lane in range(low, high) if lane in text}
+        return found
+
+    def read(self, requests: Sequence[Read]) -> list[Records]:
+        """Answer each request."""
+        return read_records(self.engine.arena, [r.lane for r in requests])
+
+    def keep(self, requests: Sequence[Keep]) -> list[LaneState]:
+        """Answer each request by a row of a store that has one for each system."""
+        arena, lanes = self.engine.arena, [r.lane for r in requests]
+        if max(lanes) >= self._keeps:
+            raise K1Error(f"lane {max(lanes)} has no row in the store of kept states")
+        index = torch.tensor(lanes, device=arena.device)
+        for name, tensor in arena.state.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty_like(tensor[: self._keeps])
+            self._kept[name].index_copy_(0, index, tensor.index_select(0, index))
+        return [
+            LaneState({n: t[lane] for n, t in self._kept.items()}, arena.trees[lane].copy(), True)
+            for lane in lanes
+        ]
 
     def score(self, requests: Sequence[Score]) -> list[list[float] | Exception]:
         """Answer each request; those with equally many windows together."""
@@ -147,8 +198,7 @@ class Wide:
         for request in requests:
             for lane in range(request.start, request.stop):
                 row[lane] = len(row)
-        names = ("inputs", "targets", "starts", "domain")
-        joined = Batch(*[torch.cat([getattr(r.batch, n) for r in requests]) for n in names])
+        joined = _join([request.batch for request in requests])
         found: dict[int, float] = {}
         for low, high in cover(list(row), engine.arena.lanes):
             index = torch.tensor([row.get(lane, 0) for lane in range(low, high)])

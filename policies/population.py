@@ -72,7 +72,7 @@ class PopulationBasedTraining:
         session.decision = life.decisions * MEMBERS
         session.trainer.set_mix(session.world.mix(session.decision))
         for lane in self.lanes:
-            arena["mix"][lane] = arena["mix"][session.main]
+            arena.copy_mix(session.main, lane)
         yield Train(self.lanes, session.settings.interval)
         losses = []
         for lane in self.lanes:

@@ -88,6 +88,8 @@ class Plan:
     device: str = "cpu"
     wide: bool = False
     """Whether many lanes go through the engine as one batch."""
+    starts: int | None = None
+    """Seeds that episodes draw theirs from; Phase 1 is run once for each. None: all there are."""
     eval_every: int = 10
     """Updates between validations."""
     eval_worlds: int = 16
@@ -95,8 +97,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse impossible values, naming the field."""
-        for name in ("num_envs", "steps", "eval_every", "eval_worlds"):
-            if getattr(self, name) < 1:
+        for name in ("num_envs", "steps", "eval_every", "eval_worlds", "starts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise K1Error(f"{name} = {getattr(self, name)} is not possible: 1 or more")
         if not 0 <= self.seed <= MOST_SEED:
             raise K1Error(f"seed = {self.seed} is not possible: 0 to {MOST_SEED}")
@@ -144,7 +147,7 @@ class Training:
             raise K1Error('TensorBoard is not installed: pip install -e ".[tb]"')
         self.plan, self.display, self.tensorboard = plan, display, tensorboard
         text, train, validation = _worlds(plan)
-        vec_env = _environments(plan, plan.num_envs, text, train)
+        vec_env = _environments(plan, plan.num_envs, text, train, plan.starts)
         self.validation_env = _environments(plan, len(validation), text, validation)
         self.env = TrainingEnv(SB3VecEnv(vec_env), plan.ppo, vec_env.envs[0].session.table)
         self.model = make_model(
@@ -173,7 +176,7 @@ class Training:
         *,
         resume: bool,
         max_minutes: float | None = None,
-        save_minutes: float = 5.0,
+        save_minutes: float | None = 5.0,
     ) -> dict[str, Any]:
         """Train to the last step, or for so long; returns the summary, which is written too.
 
@@ -181,7 +184,7 @@ class Training:
             folder: where everything about it is kept.
             resume: go on from the folder's state; where nothing was trained yet, begin.
             max_minutes: pause before the update that would take longer than this.
-            save_minutes: how often the state is saved, between updates.
+            save_minutes: how often the state is saved, between updates; None for never.
 
         Raises:
             K1Error: if the folder is in use or damaged, or has lost its state.
@@ -203,7 +206,8 @@ class Training:
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
-                self._save()  # from here on there always is a state to go on from
+                if save_minutes is not None:
+                    self._save()  # from here on there always is a state to go on from
             longest, saved = 0.0, time.monotonic()
             limit = math.inf if max_minutes is None else 60 * max_minutes
             reason = ALL_STEPS
@@ -214,10 +218,13 @@ class Training:
                     break
                 self._learn(callback)
                 longest = max(longest, time.monotonic() - before)
-                if time.monotonic() - saved >= 60 * save_minutes:
+                if save_minutes is not None and time.monotonic() - saved >= 60 * save_minutes:
                     self._save()
                     saved = time.monotonic()
-            self._save()
+            if save_minutes is not None:
+                self._save()
+            else:
+                save_controller(self.folder.checkpoints_path / LAST, self._about(None))
             summary = self.summary(reason)
             self.folder.write_summary(summary)
             return summary
@@ -365,7 +372,9 @@ def _first_worlds(worlds: Sequence[Any], plan: Plan) -> tuple[Any, ...]:
     return tuple(worlds[: plan.eval_worlds])
 
 
-def _environments(plan: Plan, count: int, text: TextData | None, worlds: Any) -> Phase2VectorEnv:
+def _environments(
+    plan: Plan, count: int, text: TextData | None, worlds: Any, starts: int | None = None
+) -> Phase2VectorEnv:
     return Phase2VectorEnv(
         count,
         config=plan.settings,
@@ -373,6 +382,7 @@ def _environments(plan: Plan, count: int, text: TextData | None, worlds: Any) ->
         device=plan.device,
         wide=plan.wide,
         instance=worlds,
+        starts=starts,
     )
 
 

@@ -32,7 +32,7 @@ class Arguments:
     pairs: bool = False
     """Compare every two controllers."""
     preset: str = "cpu"
-    """Sizes: tiny, cpu, gpu or paper."""
+    """Sizes: tiny, cpu, small, gpu or paper."""
     data: Annotated[str | None, optional("SOURCE")] = None
     """Own text, over which worlds are drawn: a folder of <domain>/{train,validation,test}.txt."""
     device: str = "auto"

@@ -19,7 +19,7 @@ class Arguments:
     """Find the best fixed setting by a grid search on train worlds (validation pool)."""
 
     preset: str = "cpu"
-    """Sizes: tiny, cpu, gpu or paper."""
+    """Sizes: tiny, cpu, small, gpu or paper."""
     worlds: str = "train"
     """All train worlds, or some of them: train/0,train/5."""
     seeds: int = 1

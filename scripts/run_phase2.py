@@ -35,7 +35,7 @@ class Arguments:
     data: Annotated[str | None, optional("SOURCE")] = None
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: Annotated[str | None, optional("NAME")] = None
-    """Sizes: tiny, cpu (default), gpu or paper."""
+    """Sizes: tiny, cpu (default), small, gpu or paper."""
     seed: Annotated[int | None, optional("N")] = None
     """Seed of everything (default 0): the same seed gives the same run on the same machine."""
     device: Annotated[str | None, optional("NAME")] = None

@@ -23,7 +23,7 @@ class Arguments:
     """Measure how many environment steps a second there are, with and without learning."""
 
     preset: str = "tiny"
-    """Sizes: tiny, cpu, gpu or paper."""
+    """Sizes: tiny, cpu, small, gpu or paper."""
     lanes: str = "1,8,64"
     """Numbers of environments in one arena, apart by commas; the first is compared with."""
     processes: Annotated[int | None, optional("N")] = None

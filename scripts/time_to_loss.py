@@ -21,7 +21,7 @@ class Arguments:
     data: str = "builtin"
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: str = "cpu"
-    """Sizes: tiny, cpu, gpu or paper."""
+    """Sizes: tiny, cpu, small, gpu or paper."""
     device: str = "auto"
     """auto, cpu or cuda."""
     steps: int = 600

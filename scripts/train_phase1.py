@@ -33,7 +33,7 @@ class Arguments:
     data: str = "builtin"
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: str = "cpu"
-    """Sizes: tiny, cpu, gpu or paper."""
+    """Sizes: tiny, cpu, small, gpu or paper."""
     router: Annotated[str | None, optional("NAME")] = None
     """How siblings are mixed: mean, learned or evidence (the preset's by default)."""
     domains: Annotated[str | None, optional("A,B")] = None

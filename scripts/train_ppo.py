@@ -33,7 +33,7 @@ class Arguments:
     num_envs: int = 8
     """Environments side by side."""
     preset: str = "tiny"
-    """Sizes of the systems: tiny, cpu, gpu or paper."""
+    """Sizes of the systems: tiny, cpu, small, gpu or paper."""
     data: Annotated[str | None, optional("SOURCE")] = None
     """Text, in place of that of the train worlds: worlds are then drawn over its domains."""
     seed: int = 0
@@ -42,6 +42,9 @@ class Arguments:
     """auto, cpu or cuda."""
     wide: Annotated[bool | None, optional("BOOL")] = None
     """Many lanes go through the engine as one batch (default: on a GPU)."""
+    starts: Annotated[int | None, optional("N")] = None
+    """Seeds that episodes draw theirs from, with Phase 1 run once for each (default: all there
+    are, and Phase 1 for every episode)."""
     eval_every: int = 10
     """Updates between validations."""
     eval_worlds: int = 16
@@ -53,8 +56,9 @@ class Arguments:
     max_minutes: Annotated[float | None, optional("M")] = None
     """Pause before the update that would go beyond this many minutes; it bounds no validation:
     that before the first update is always made, and one that an update ends in is made whole."""
-    save_minutes: float = 5.0
-    """Minutes between states to resume from; they hold all environments."""
+    save_minutes: Annotated[float | None, optional("M")] = 5.0
+    """Minutes between states to resume from; they hold all environments. None: weights are saved,
+    but no state to resume from."""
     tensorboard: bool = False
     """Log for TensorBoard too (needs the extra: pip install -e ".[tb]")."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -105,7 +109,8 @@ def main(arguments: Arguments) -> int:
         return INTERRUPTED
     print(f"{summary['stop_reason']}: {summary['updates']} updates, {summary['steps']:,} decisions")
     paused = summary["stop_reason"] == TIME_SPENT
-    print(f"go on: {unchanged if paused else f'{again} --steps N'}")
+    if arguments.save_minutes is not None:
+        print(f"go on: {unchanged if paused else f'{again} --steps N'}")
     print(f"use it: python scripts/run_phase2.py --policy {folder.path}")
     return 0
 
@@ -138,6 +143,7 @@ def _plan(arguments: Arguments) -> Plan:
         data=None if arguments.data is None else absolute_source(arguments.data),
         device=device,
         wide=device != "cpu" if arguments.wide is None else arguments.wide,
+        starts=arguments.starts,
         eval_every=arguments.eval_every,
         eval_worlds=arguments.eval_worlds,
     )

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from k1.topology import LevelIndex, Topology, index_levels
+from k1.levels import LevelIndex, index_levels
+from k1.topology import Topology
 
 ON_GPU = [
     pytest.mark.gpu,

@@ -18,7 +18,8 @@ from k1.evidence import (
     rotate,
 )
 from k1.forward import Batch, read_text
-from k1.topology import Topology, index_levels
+from k1.levels import index_levels
+from k1.topology import Topology
 from tests.reference import bucket_of, count_text, loop_evidence, next_batch, small_config
 
 CONFIG = small_config().evidence

@@ -9,7 +9,7 @@ from k1 import edits
 from k1.arena import Arena
 from k1.engine import Engine
 from k1.errors import CheckpointError
-from k1.topology import Extent, index_levels
+from k1.levels import Extent, index_levels
 from k1.trainer import Trainer
 from tests.reference import make_ragged, same_bits, shake, small_config
 

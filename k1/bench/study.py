@@ -216,7 +216,7 @@ class Study:
             for name in ("top_k", "cooldown", "exploration"):
                 arena.set_hyper(lane, name, getattr(config.train, name))
             arena.set_hyper(lane, "lr", lr)
-            arena["mix"][lane] = torch.tensor(situation.mix, device=arena.device)
+            arena.set_mix(lane, tuple(situation.mix))
         return method.engine(arena, self.store, 1 if self.device == "cpu" else None)
 
     # -- one method ------------------------------------------------------------------------------

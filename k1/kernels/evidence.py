@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k1.config import EvidenceConfig
 from k1.evidence import CURRENT, UNIT
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 if TYPE_CHECKING:
     from k1.forward import Text

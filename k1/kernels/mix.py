@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k1.kernels.tiles import column, sibling_weights, tile_sizes
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 
 # Sizes that a change of the tree changes: a special case of each would be compiled again.

@@ -14,7 +14,7 @@ from torch import Tensor
 from k1.block import Layout
 from k1.kernels.select import PathTable
 from k1.kernels.tiles import column, sibling_weights, tile_sizes
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 # Sizes that a change of the tree changes: a special case of each would be compiled again.
 _FLEXIBLE = ["first", "width", "width_child", "offset", "offset_child"]
