@@ -15,7 +15,7 @@ from k1.bench import suite as suite_module
 from k1.bench.attribution import agreement, wilson_interval
 from k1.bench.configurations import CONFIGURATIONS, block_count, configuration
 from k1.bench.drivers import Driver, build_driver, variant_config
-from k1.bench.report import COLUMNS, growth, markdown
+from k1.bench.report import COLUMNS, beside_forward_ms, growth, markdown, read_results
 from k1.bench.suite import Plan, Suite, formula_flops, parameters
 from k1.bench.timing import TooSlowError, at_most, interleave, quartile_range
 from k1.bench.variants import VARIANTS, choose
@@ -263,8 +263,13 @@ def recorded(scale: float = 1.0) -> dict:
         "commonest_leaf": 0.5, "distinct_leaves": 4,
     }  # fmt: skip
     return {"config": config, "blocks": 41, "parameters": 5_000_000, "text": "some",
-            "variants": variants, "attribution_overhead": 0.125, "agreement": found,
-            "backward_ms": {"sparse": 1.1 * scale, "path-only": None}}  # fmt: skip
+            "variants": variants, "attribution_overhead": 0.125, "agreement": found}  # fmt: skip
+
+
+def with_kernels(case: dict, step: dict, frozen: dict, name: str = "sparse") -> dict:
+    case["variants"][name]["kernel_ms"] = step
+    case["variants"]["frozen-forward"] = record(0.9, kernel_ms=frozen)
+    return case
 
 
 def result(**cases) -> dict:
@@ -302,12 +307,50 @@ def test_the_page_of_a_run_that_was_stopped_says_so():
     assert "`exact`: unfinished;" not in page
 
 
+FROZEN = {"_forward": 0.7, "_fold": 0.02, "_mix_frozen": 0.1, "hash": 0.01}
+SPARSE = {"_forward": 0.8, "_fold": 0.03, "_mix_frozen": 0.5, "_products": 0.3, "adamw": 0.07}
+
+
+def test_what_a_step_takes_beside_the_forward_pass():
+    def beside(step, frozen):
+        return beside_forward_ms(with_kernels(recorded(), step, frozen)["variants"], "sparse")
+
+    # Its own kernels, and what more the blocks' take; not what more waits beside the blocks.
+    assert beside(SPARSE, FROZEN) == pytest.approx(0.3 + 0.07 + 0.1 + 0.01)
+    assert beside(SPARSE, None) is None and beside(None, FROZEN) is None
+    assert beside({"gemm": 3.0, "adamw": 0.1}, {"gemm": 1.0}) is None
+    assert beside_forward_ms(recorded()["variants"], "sparse") is None
+    assert beside_forward_ms(recorded()["variants"], "path-only") is None
+    page = markdown([result(default=with_kernels(recorded(), SPARSE, FROZEN))])
+    assert "- Kernels of `sparse` beside the frozen forward pass: 0.48 ms." in page
+    assert "Kernels of `path-only`" not in page
+
+
 def test_growth_needs_both_sizes():
-    assert growth(result(default=recorded())) == []
-    large = {**recorded(1.5), "blocks": 1000}
-    assert growth(result(default=recorded(), thousand=large)) == [
-        "From 41 to 1,000 blocks, `sparse` less the frozen forward pass grows +50.0 %."
+    small = with_kernels(recorded(), SPARSE, FROZEN)
+    assert growth(result(default=small)) == []
+    many = {name: 20 * ms for name, ms in FROZEN.items()}
+    step = {**SPARSE, "_forward": 14.15, "_fold": 0.41, "_mix_frozen": 3.0, "_products": 0.49}
+    large = {**with_kernels(recorded(1.5), step, many), "blocks": 1000}
+    large["variants"]["frozen-forward"]["median_ms"] = 18.0
+    forward = "From 41 to 1,000 blocks, the frozen forward pass takes 20.0x."
+    assert growth(result(default=small, thousand=large)) == [
+        "From 41 to 1,000 blocks, the time of kernels of `sparse` beside the frozen forward pass "
+        "grows +50.0 %, from 0.48 to 0.72 ms.",
+        forward,
     ]
+
+
+def test_files_from_before_kernels_were_timed_say_nothing_of_them(tmp_path):
+    cases = {"default": recorded(), "thousand": {**recorded(1.5), "blocks": 1000}}
+    for case in cases.values():
+        case["variants"]["frozen-forward"] = record(0.9)
+        case["backward_ms"] = {"sparse": 1.1, "path-only": None}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(result(**cases)))
+    page = markdown([read_results(old)])
+    assert "| `frozen-forward` | 0.9 |" in page and "`sparse` beside" not in page
+    assert "time of kernels" not in page.partition("### Growth")[2]
 
 
 # -- the command line ---------------------------------------------------------------------------
@@ -346,7 +389,7 @@ def test_the_command_line_measures_and_writes(tmp_path: Path):
         # lets path blocks run twice, which a CPU spares.
         assert 0.75 <= measured["flops_counted"] / measured["flops_formula"] < 1.6, name
     assert case["agreement"]["batches"] == 2
-    assert case["backward_ms"]["sparse"] is not None
+    assert "beside the frozen forward pass" not in done.stdout  # no kernels
 
     again = call(BENCHMARK, "--from", str(out), "--markdown", str(page))
     assert again.returncode == 0, again.stderr

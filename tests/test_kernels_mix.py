@@ -228,6 +228,16 @@ def check_padding(router):
     assert below[~under.valid].isnan().all() and below[under.valid].isfinite().all()
 
 
+def check_groups(router):
+    """More children than a program asks for at once, in a last group that is not full."""
+    from k1.kernels import path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(path, "_AHEAD", 2)
+        assert ragged_levels()[0].children.shape[-1] == 3
+        check_path_mix(0, 67, router)
+
+
 def check_a_value_that_is_not_finite():
     case = PathCase(0, "evidence", HARD_SEED)
     case.y[1] = torch.nan
@@ -280,6 +290,11 @@ def test_the_table_lists_what_index_paths_lists(kernels):
 @pytest.mark.parametrize("router", ["mean", "evidence"])
 def test_padding_is_left_alone(kernels, router):
     kernels(check_padding, router)
+
+
+@pytest.mark.parametrize("router", ["learned", "evidence"])
+def test_children_in_groups(kernels, router):
+    kernels(check_groups, router)
 
 
 def test_a_value_that_is_not_finite_stays_in_its_lane_and_shows(kernels):

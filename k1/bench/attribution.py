@@ -44,12 +44,6 @@ def overhead(records: dict[str, dict[str, Any]]) -> float | None:
     return None if whole is None or rest is None else 1 - rest / whole
 
 
-def backward_ms(records: dict[str, dict[str, Any]], step: str) -> float | None:
-    """Time of a step (`sparse` or `path-only`) less the frozen forward pass, None if unknown."""
-    whole, frozen = _median_ms(records, step), _median_ms(records, "frozen-forward")
-    return None if whole is None or frozen is None else whole - frozen
-
-
 def first_culprit(engine: Engine, batch: Batch) -> Tensor:
     """Slot of the culprit that a batch's full backward pass points to, cooldown aside: int64 []."""
     arena, update = engine.arena, engine.arena.config.update

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import k1
-from k1.bench.attribution import agreement, backward_ms, overhead
+from k1.bench.attribution import agreement, overhead
 from k1.bench.configurations import BY_DEVICE, block_count, configuration, text_of
 from k1.bench.suite import Plan, Suite, free_memory, parameters
 from k1.bench.timing import matmul_peak
@@ -85,10 +85,8 @@ def measure(
         }
 
         def keep_case(records: dict[str, Any], case: dict[str, Any] = case) -> None:
-            steps = ("sparse", "path-only")
             case["variants"] = records
             case["attribution_overhead"] = overhead(records)
-            case["backward_ms"] = {step: backward_ms(records, step) for step in steps}
             keep(result)
 
         keep_case(Suite(config, data, plan).run(variants, keep_case))

@@ -7,6 +7,8 @@ which are constants, but the identity for the parent's output that they were com
 
 from __future__ import annotations
 
+import typing
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +20,8 @@ from k1.levels import LevelIndex
 
 # Sizes that a change of the tree changes: a special case of each would be compiled again.
 _FLEXIBLE = ["first", "width", "width_child", "offset", "offset_child"]
+_AHEAD = 8
+"""So many children's tiles a program asks for at once: they take 8 registers each."""
 
 
 @triton.jit
@@ -31,6 +35,29 @@ def _open(row_ptr, first, slots, offset, width, token_blocks, BLOCK_TOKENS: tl.c
     return entry, lane, here, (program % token_blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
 
 
+@triton.jit
+def _children(children, has_child, place, RANKS: tl.constexpr):
+    """What is known of each child of a block: is there one, its position, its table entry or -1."""
+    exists: typing.Any = ()
+    position: typing.Any = ()
+    below: typing.Any = ()
+    for rank in tl.static_range(RANKS):
+        exists += (tl.load(has_child + rank) != 0,)
+        position += (tl.load(children + rank),)
+    for rank in tl.static_range(RANKS):
+        below += (tl.load(place + position[rank], mask=exists[rank], other=-1),)
+    return exists, position, below
+
+
+@triton.jit
+def _router(weights, e, EMBED: tl.constexpr, ROUTER: tl.constexpr, RANKS: tl.constexpr):
+    """Router weights of a block: a vector for each rank."""
+    found: typing.Any = ()
+    for rank in tl.static_range(RANKS):
+        found += (tl.load(weights + e * ROUTER + rank, mask=e < EMBED, other=0.0),)
+    return found
+
+
 @triton.jit(do_not_specialize=_FLEXIBLE)
 def _mix_backward(
     grad, y, mixed, prior, weights, normed, by_logits, row_ptr, place_ptr,
@@ -38,7 +65,7 @@ def _mix_backward(
     first, slots, offset, offset_child, width, width_child, tokens, token_blocks,
     row_size, at_weight, at_bias, prior_lane, prior_child, prior_token,
     LEARNED: tl.constexpr, ROUTER: tl.constexpr, RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
-    EMBED: tl.constexpr, BLOCK_EMBED: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    AHEAD: tl.constexpr, EMBED: tl.constexpr, BLOCK_EMBED: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     entry, lane, here, n = _open(row_ptr, first, slots, offset, width, token_blocks, BLOCK_TOKENS)
     e, k = tl.arange(0, BLOCK_EMBED), tl.arange(0, BLOCK_RANKS)
@@ -53,6 +80,8 @@ def _mix_backward(
                 none = tl.zeros((BLOCK_TOKENS,), by_logits.dtype.element_ty)
                 tl.store(by_logits + (entry * tokens + n) * ROUTER + rank, none, mask=n < tokens)
         return
+    # All is loaded before anything is stored or passed between threads: no load overtakes a store
+    # or a barrier, and waiting for one child after the other took most of the time.
     child = tl.load(children + here * RANKS + k, mask=k < RANKS, other=0)
     there = tl.load(has_child + here * RANKS + k, mask=k < RANKS, other=0) != 0
     logits = tl.load(
@@ -60,53 +89,62 @@ def _mix_backward(
         mask=(n[:, None] < tokens) & there[None, :],
         other=0.0,
     )
+    g = tl.load(grad + entry * tokens * EMBED + tile, mask=inside, other=0.0).to(tl.float32)
+    exists, position, below = _children(
+        children + here * RANKS, has_child + here * RANKS,
+        place_ptr + lane * slots + offset_child, RANKS,
+    )  # fmt: skip
     h = tl.zeros((BLOCK_TOKENS, BLOCK_EMBED), tl.float32)
     inverse = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    by_share = tl.zeros((BLOCK_TOKENS, BLOCK_RANKS), tl.float32)
     router = weights + tl.load(row_ptr + entry) * row_size
     if LEARNED:
         own = tl.load(y + here * tokens * EMBED + tile, mask=inside, other=0.0).to(tl.float32)
+        to_rank = _router(router + at_weight, e, EMBED, ROUTER, RANKS)
+        bias: typing.Any = ()
+        for rank in tl.static_range(RANKS):
+            bias += (tl.load(router + at_bias + rank),)
+        for begin in tl.static_range(0, RANKS, AHEAD):
+            values: typing.Any = ()
+            for rank in tl.static_range(begin, begin + AHEAD):
+                if rank < RANKS:
+                    at = mixed + (lane * width_child + position[rank]) * tokens * EMBED + tile
+                    values += (tl.load(at, mask=inside & exists[rank], other=0.0),)
+            for rank in tl.static_range(begin, begin + AHEAD):
+                if rank < RANKS:
+                    product = tl.sum(g * values[rank - begin].to(tl.float32), axis=1)
+                    by_share += tl.where((k == rank)[None, :], product[:, None], 0.0)
         centred = tl.where(inside, own - (tl.sum(own, axis=1) / EMBED)[:, None], 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, axis=1) / EMBED + 1e-5)
         h = centred * inverse[:, None]
         for rank in tl.static_range(RANKS):
-            w = tl.load(router + at_weight + e * ROUTER + rank, mask=e < EMBED, other=0.0)
-            learned = tl.sum(h * w[None, :], axis=1) + tl.load(router + at_bias + rank)
+            learned = tl.sum(h * to_rank[rank][None, :], axis=1) + bias[rank]
             logits += tl.where((k == rank)[None, :], learned[:, None], 0.0)
     share = sibling_weights(logits, there[None, :])
 
-    g = tl.load(grad + entry * tokens * EMBED + tile, mask=inside, other=0.0).to(tl.float32)
-    by_share = tl.zeros((BLOCK_TOKENS, BLOCK_RANKS), tl.float32)
     straight = tl.zeros((BLOCK_TOKENS,), tl.float32)
     for rank in tl.static_range(RANKS):
-        exists = tl.load(has_child + here * RANKS + rank) != 0
-        position = tl.load(children + here * RANKS + rank)
-        below = tl.load(place_ptr + lane * slots + offset_child + position)
-        on_path = exists & (below >= 0)
         part = column(share, k == rank)
-        straight += tl.where(exists & (below < 0), part, 0.0)
-        tl.store(
-            grad + tl.maximum(below, 0) * tokens * EMBED + tile,
-            (part[:, None] * g).to(grad.dtype.element_ty),
-            mask=inside & on_path,
-        )
-        if LEARNED:
-            value = tl.load(
-                mixed + (lane * width_child + position) * tokens * EMBED + tile,
-                mask=inside & exists,
-                other=0.0,
-            ).to(tl.float32)
-            product = tl.sum(g * value, axis=1)
-            by_share += tl.where((k == rank)[None, :], product[:, None], 0.0)
+        straight += tl.where(exists[rank] & (below[rank] < 0), part, 0.0)
+        if below[rank] >= 0:
+            tl.store(
+                grad + below[rank] * tokens * EMBED + tile,
+                (part[:, None] * g).to(grad.dtype.element_ty),
+                mask=inside,
+            )
     by_y = straight[:, None] * g
     if LEARNED:
         by_logit = share * (by_share - tl.sum(share * by_share, axis=1)[:, None])
         by_logit = tl.where(there[None, :], by_logit, 0.0)
         by_h = tl.zeros((BLOCK_TOKENS, BLOCK_EMBED), tl.float32)
+        # Once more: held from the first time until here, they would take too many registers.
+        to_rank = _router(router + at_weight, e, EMBED, ROUTER, RANKS)
         for rank in tl.static_range(ROUTER):
-            # A router may have more ranks than any block has children: column() is zero there.
-            part = column(by_logit, k == rank)
-            w = tl.load(router + at_weight + e * ROUTER + rank, mask=e < EMBED, other=0.0)
-            by_h += part[:, None] * w[None, :]
+            # A router may have more ranks than any block has children, whose parts are zero.
+            part = tl.zeros((BLOCK_TOKENS,), tl.float32)
+            if rank < RANKS:
+                part = column(by_logit, k == rank)
+                by_h += part[:, None] * to_rank[rank][None, :]
             tl.store(
                 by_logits + (entry * tokens + n) * ROUTER + rank,
                 part.to(by_logits.dtype.element_ty),
@@ -159,7 +197,8 @@ def mix_backward(
         cut.start, slots, parent.offset, child.offset, parent.width, child.width, tokens, blocks,
         rows.shape[1], at["router.weight"], at["router.bias"],
         *prior.expand(-1, -1, tokens).stride(),
-        LEARNED=router is not None, ROUTER=by_logits.shape[-1] if router else 1, **sizes,
+        AHEAD=_AHEAD, LEARNED=router is not None, ROUTER=by_logits.shape[-1] if router else 1,
+        **sizes,
     )  # fmt: skip
 
 
@@ -176,14 +215,15 @@ def _add_children(
     e = tl.arange(0, BLOCK_EMBED)
     inside = (n[:, None] < tokens) & (e[None, :] < EMBED)
     tile = n[:, None] * EMBED + e[None, :]
+    _, _, below = _children(
+        children + here * RANKS, has_child + here * RANKS,
+        place_ptr + lane * slots + offset_child, RANKS,
+    )  # fmt: skip
     total = tl.load(grad + entry * tokens * EMBED + tile, mask=inside, other=0.0).to(tl.float32)
     for rank in tl.static_range(RANKS):
-        exists = tl.load(has_child + here * RANKS + rank) != 0
-        position = tl.load(children + here * RANKS + rank)
-        below = tl.load(place_ptr + lane * slots + offset_child + position)
         value = tl.load(
-            dx + tl.maximum(below, 0) * tokens * EMBED + tile,
-            mask=inside & exists & (below >= 0),
+            dx + below[rank] * tokens * EMBED + tile,
+            mask=inside & (below[rank] >= 0),
             other=0.0,
         )
         total += value.to(tl.float32)

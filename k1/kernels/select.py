@@ -1,4 +1,4 @@
-"""The drill-down, the list of path blocks, and a step's records: one program for each lane."""
+"""The drill-down, the list of path blocks and their inputs, and a step's records."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k1.attribution import Leaves, Selection, SelectionRules
+from k1.topology import LevelIndex
 
 
 @triton.jit
@@ -184,6 +185,55 @@ def list_paths(on_path: Tensor, leaves: Leaves, counts: tuple[int, ...]) -> Path
         num_warps=1 if slots <= 128 else 4,
     )  # fmt: skip
     return PathTable(row, place, counts, lanes)
+
+
+# Sizes in tuples are special cases to Triton where they are 1 or multiples of 16, whatever it is
+# told: compiled again are at most as many as there are rooms of levels.
+@triton.jit(do_not_specialize=["entries"])
+def _find_inputs(
+    row_ptr, source_ptr, target_ptr, sources, leaves, offsets, widths, firsts, entries, slots,
+    LEVELS: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_ptr + entry, mask=entry < entries, other=-1)
+    lane, slot = row // slots, row % slots
+    source = tl.full((BLOCK,), -1, tl.int64)
+    target = tl.full((BLOCK,), -1, tl.int64)
+    for level in tl.static_range(LEVELS):
+        position = slot - offsets[level]
+        own = (row >= 0) & (position >= 0) & (position < widths[level])
+        here = lane * widths[level] + position
+        source = tl.where(own, tl.load(sources[level] + here, mask=own, other=-1), source)
+        if LEAVES:
+            leaf = tl.load(leaves[level] + here, mask=own, other=0) != 0
+            target = tl.where(leaf, firsts[level] + here, target)
+    tl.store(source_ptr + entry, source, mask=entry < entries)
+    tl.store(target_ptr + entry, target, mask=entry < entries)
+
+
+def find_inputs(table: PathTable, levels: list[LevelIndex], leaves: bool) -> tuple[Tensor, Tensor]:
+    """Find where a table's blocks have their inputs, and where the leaves have their outputs.
+
+    Args:
+        table: the blocks.
+        levels: the trees.
+        leaves: whether the leaves' outputs are asked for.
+
+    Returns:
+        Places in the list that `LevelIndex.first` speaks of, int64 [M] each: of the inputs, -1
+        where padded; of the outputs, -1 but for leaves, and throughout if they are not asked for.
+    """
+    source, target = (torch.empty_like(table.row) for _ in range(2))
+    block, entries = 128, len(source)
+    _find_inputs[(triton.cdiv(entries, block),)](
+        table.row, source, target,
+        tuple(index.source for index in levels), tuple(index.is_leaf for index in levels),
+        tuple(index.offset for index in levels), tuple(index.width for index in levels),
+        tuple(index.first for index in levels),
+        entries, len(table.place) // table.lanes, LEVELS=len(levels), LEAVES=leaves, BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+    return source, target
 
 
 @triton.jit

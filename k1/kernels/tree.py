@@ -27,7 +27,7 @@ from k1.kernels.fold import fold_fused
 from k1.kernels.mix import mix_frozen
 from k1.kernels.norm import norm_backward, norm_forward
 from k1.kernels.path import add_children, mix_backward
-from k1.kernels.select import PathTable, list_paths
+from k1.kernels.select import PathTable, find_inputs, list_paths
 from k1.kernels.sums import sum_rows
 from k1.kernels.weights import row_gradients
 from k1.path import Gradients
@@ -144,19 +144,9 @@ class TreePass:
         self, folded: Folded, weight: Tensor, kept: Kept, keep: Tensor, store: bool
     ) -> None:
         """Run the chosen blocks once more, all at once, on the inputs that they had."""
-        levels, row = self.forest.levels, self.row
-        index = torch.cat([i.row for i in levels])
-        source = torch.full((len(self._rows),), -1, dtype=torch.int64, device=row.device)
-        place = source.scatter(0, index, torch.arange(levels[0].first, len(self._flow),
-                                                      device=row.device))  # fmt: skip
-        source = source.scatter(0, index, torch.cat([i.source for i in levels]))
-        target = torch.full_like(row, -1)
-        if store:
-            # Leaves alone: what others read in this launch has to stay as it is.
-            leaf = torch.zeros_like(place, dtype=torch.bool)
-            leaf = leaf.scatter(0, index, torch.cat([i.is_leaf.flatten() for i in levels]))
-            target = torch.where(leaf[row], place[row], target)
-        self._run(folded, source[row], weight, self._flow, target, kept, keep)
+        # Of outputs the leaves' alone: what others read in this launch has to stay as it is.
+        source, target = find_inputs(self._known(), self.forest.levels, leaves=store)
+        self._run(folded, source, weight, self._flow, target, kept, keep)
 
     def _mix_up(self, ys: list[Tensor], prior: list[Tensor]) -> Activations:
         forest = self.forest
