@@ -266,6 +266,7 @@ class Arena:
             self.index(start, stop),
             self.router(start, stop),
             self.config,
+            self.leaves(start, stop).depth,
         )
 
     def weights(self, start: int, stop: int) -> Weights:

@@ -114,7 +114,7 @@ def _wrong(m: ModelConfig, device: torch.device) -> str | None:
     factors, dx = Factors.empty(kept), torch.empty_like(x)
     plain = run_blocks(folded, x, here, here, *sizes)
     y = run_blocks(folded, x, here, here, *sizes, kept, here)
-    backward_inputs(folded, kept, dy, factors, dx, *sizes)
+    backward_inputs(folded, kept, dy, factors, dx, *sizes, (here, 3))
     found, squares = row_gradients(kept, factors, dy, router, rows, here, 3, 2, layout)
     square = layout.pack(wanted).square().sum(1)
     pairs = [(plain, want), (y, want), (dx, by_input), (squares, square)]

@@ -125,6 +125,8 @@ class Forest:
     levels: list[LevelIndex]
     router: RouterState
     config: Config
+    depth: Tensor
+    """int64 [L, S]: blocks on the way from the root to each block; 0 where there is none."""
 
     def weights(self) -> Weights:
         """View the parameters level by level."""

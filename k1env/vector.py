@@ -382,7 +382,7 @@ def _seat(
     setup, count = setups[0], len(setups)
     widest = max(Gate.lanes_needed(s.settings.gate) for s in setups)
     if spare is None:
-        spare = max(widest, 2 * count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
+        spare = max(widest, count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
     if spare < widest:
         raise K1Error(f"spare_lanes = {spare}: a trial takes up to {widest} lanes")
     system, lanes = setup.settings.system, 2 * count + spare

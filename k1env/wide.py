@@ -24,6 +24,9 @@ from k1env.schedule import Evaluate, Keep, Read, Records, Score, Train, read_rec
 CALL = 64
 """Lanes that a call costs besides those that it is about, and the width of the narrowest call."""
 
+WIDEST = 512
+"""Width of the widest call: more lanes take more memory at once, and no less time each."""
+
 
 def cover(lanes: Sequence[int], total: int) -> list[tuple[int, int]]:
     """Cover lanes with ranges, each 2^k lanes wide from a multiple of that, at the least cost.
@@ -43,7 +46,9 @@ def cover(lanes: Sequence[int], total: int) -> list[tuple[int, int]]:
             return whole, [(low, high)]
         left, right = best(low, width // 2), best(low + width // 2, width // 2)
         apart = left[0] + right[0]
-        return (apart, left[1] + right[1]) if apart < whole else (whole, [(low, high)])
+        if apart < whole or width > WIDEST:
+            return apart, left[1] + right[1]
+        return whole, [(low, high)]
 
     width = CALL
     while width < total:

@@ -77,9 +77,9 @@ def check_blocks(size, dtype):
         value.fill_(7)
     factors, dx = room.rows(0, 2), dx[:2]
     chosen = Folded(*[t[[2, 1]] for t in folded.tensors()])
-    backward_inputs(chosen, kept, dy, factors, dx, time, heads)
-    assert all(bool((value == 7).all()) for value in beyond)
     of_kept = torch.tensor([2, 1], device=device())
+    backward_inputs(chosen, kept, dy, factors, dx, time, heads, (of_kept, 4))
+    assert all(bool((value == 7).all()) for value in beyond)
     found, _ = row_gradients(kept, factors, dy, None, rows, of_kept, 4, 0, layout)
     up = torch.zeros_like(wanted)
     up[0], up[2] = dy[0].double(), dy[1].double()

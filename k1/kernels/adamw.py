@@ -58,8 +58,10 @@ def _move_rows(
     slot = row
     if slots is not None:
         slot = tl.load(slots + row)
+    if tl.load(on + slot) == 0:
+        return
     at = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < size) & (tl.load(on + slot) != 0)
+    mask = at < size
     here = slot * slot_stride + at
     there = row * grad_stride + at
     terms += 4 * slot

@@ -34,6 +34,12 @@ def _open(first, tokens, M: tl.constexpr):
 
 
 @triton.jit
+def _padded(row_ptr, slots, block):
+    """Whether a block is in its lane's scratch row: there is none, and nothing to do."""
+    return tl.load(row_ptr + block) % slots == slots - 1
+
+
+@triton.jit
 def _multiply(
     a_ptr, b_ptr, inside, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr
 ):
@@ -53,7 +59,7 @@ def _multiply(
 
 @triton.jit
 def _through_gelu(
-    dy_ptr, weight_ptr, u_ptr, du_ptr, act_ptr, tokens,
+    dy_ptr, weight_ptr, u_ptr, du_ptr, act_ptr, row_ptr, slots, tokens,
     D: tl.constexpr, F: tl.constexpr, M: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """M rows and C columns of a gelu's values, and of the gradient of what it was applied to.
@@ -64,6 +70,8 @@ def _through_gelu(
     across: tl.constexpr = F // C
     column = tl.program_id(0) % across * C
     block, row, inside = _open(tl.program_id(0) // across, tokens, M)
+    if _padded(row_ptr, slots, block):
+        return
     here = row * F + column + tl.arange(0, M)[:, None] * F + tl.arange(0, C)[None, :]
     weight_ptr += (block * F + column) * D
     u = tl.load(u_ptr + here, mask=inside[:, None], other=0.0)
@@ -80,7 +88,7 @@ def _through_gelu(
 @triton.jit
 def _through_norm(
     grad_ptr, weight_ptr, normed_ptr, inverse_ptr, beside_ptr, out_ptr, next_ptr, next_out_ptr,
-    tokens,
+    row_ptr, slots, tokens,
     K: tl.constexpr, D: tl.constexpr, M: tl.constexpr, STEP: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     """M rows of the gradient of what a layer norm was applied to, with that of the residual.
@@ -90,6 +98,8 @@ def _through_norm(
     weights [D, D]; without, the last two pointers are not used.
     """
     block, row, inside = _open(tl.program_id(0), tokens, M)
+    if _padded(row_ptr, slots, block):
+        return
     m = tl.arange(0, M)
     here = row * D + m[:, None] * D + tl.arange(0, D)[None, :]
     normed = tl.load(normed_ptr + here, mask=inside[:, None], other=0.0)
@@ -113,10 +123,12 @@ def _through_norm(
 
 @triton.jit
 def _attention_backward(
-    qkv_ptr, o_ptr, do_ptr, dqkv_ptr, scale,
+    qkv_ptr, o_ptr, do_ptr, dqkv_ptr, row_ptr, slots, sequences, scale,
     T: tl.constexpr, D: tl.constexpr, HD: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence."""
+    if _padded(row_ptr, slots, tl.program_id(0) // sequences):
+        return
     t, hd = tl.arange(0, T), tl.program_id(1) * HD + tl.arange(0, HD)
     row = tl.program_id(0).to(tl.int64) * T + t
     wide = row[:, None] * (3 * D) + hd[None, :]
@@ -172,7 +184,14 @@ class Factors:
 
 
 def backward_inputs(
-    folded: Folded, kept: Kept, dy: Tensor, factors: Factors, dx: Tensor, time: int, heads: int
+    folded: Folded,
+    kept: Kept,
+    dy: Tensor,
+    factors: Factors,
+    dx: Tensor,
+    time: int,
+    heads: int,
+    where: tuple[Tensor, int],
 ) -> None:
     """Write the gradients of R blocks' inputs, given those of their outputs.
 
@@ -184,11 +203,13 @@ def backward_inputs(
         dx: [R, N, d], contiguous; written.
         time: T.
         heads: attention heads.
+        where: int64 [R], in which row of the arena each block is, and how many rows a lane has;
+            the last one of a lane is no block, and nothing is written for it.
     """
     (blocks, tokens, d), f = dy.shape, folded.mlp_in.shape[-1]
     rows, columns = _GELU_TILE
     _through_gelu[(blocks * triton.cdiv(tokens, rows) * (f // columns),)](
-        dy, folded.mlp_out, kept.hidden, factors.by_hidden, factors.act, tokens,
+        dy, folded.mlp_out, kept.hidden, factors.by_hidden, factors.act, *where, tokens,
         D=d, F=f, M=rows, C=columns, STEP=_STEP, num_warps=8, num_stages=3,
     )  # fmt: skip
     grid = (blocks * triton.cdiv(tokens, _NORM_ROWS),)
@@ -197,11 +218,12 @@ def backward_inputs(
     do = torch.empty_like(dy)
     _through_norm[grid](
         factors.by_hidden, folded.mlp_in, kept.normed_2, kept.inverse_2, dy, factors.by_middle,
-        folded.out, do, tokens, K=f, NEXT=True, **sizes,
+        folded.out, do, *where, tokens, K=f, NEXT=True, **sizes,
     )  # fmt: skip
     if time <= _LONGEST_ATTENTION:
         _attention_backward[(blocks * tokens // time, heads)](
-            kept.qkv, kept.attended, do, factors.by_qkv, (d // heads) ** -0.5,
+            kept.qkv, kept.attended, do, factors.by_qkv, *where, tokens // time,
+            (d // heads) ** -0.5,
             T=time, D=d, HD=d // heads, num_warps=4 if time <= 64 else 8,
         )  # fmt: skip
     else:
@@ -212,5 +234,5 @@ def backward_inputs(
         factors.by_qkv.copy_(grad.view_as(factors.by_qkv))
     _through_norm[grid](
         factors.by_qkv, folded.qkv, kept.normed_1, kept.inverse_1, factors.by_middle, dx,
-        folded.out, do, tokens, K=3 * d, NEXT=False, **sizes,
+        folded.out, do, *where, tokens, K=3 * d, NEXT=False, **sizes,
     )  # fmt: skip

@@ -57,6 +57,8 @@ def _level_evidence(
     before = tl.load(context + text) + BUCKETS
 
     exists = tl.load(has_child + row * RANKS + k, mask=k < RANKS, other=0) != 0
+    if tl.max(exists.to(tl.int32), 0) == 0:
+        return
     child = tl.load(children + row * RANKS + k, mask=k < RANKS, other=0)
     table = counts + lane * counts_lane + child[:, None] * counts_child
     mask = exists[:, None] & (s[None, :] >= 0)

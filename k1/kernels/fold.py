@@ -43,12 +43,12 @@ def _cast(source_ptr, out_ptr, first, SIZE: tl.constexpr):
 
 @triton.jit
 def _fold(
-    rows_ptr, row_ptr, row_units,
+    rows_ptr, row_ptr, depth_ptr, row_units,
     at_gain_1, at_shift_1, at_qkv, at_out, at_gain_2, at_shift_2, at_in, at_in_bias,
     at_back, at_back_bias,
     qkv_ptr, qkv_bias_ptr, out_ptr, in_ptr, in_bias_ptr, back_ptr, back_bias_ptr,
-    D: tl.constexpr, F: tl.constexpr, INDEXED: tl.constexpr, UNIT: tl.constexpr,
-    W: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, INDEXED: tl.constexpr, SPARSE: tl.constexpr,
+    UNIT: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """D * W numbers of one block: columns of the folded projections, then of the others, flat."""
     QKV: tl.constexpr = 3 * D // W
@@ -58,6 +58,9 @@ def _fold(
     block = (program // (QKV + IN + OUT + IN)).to(tl.int64)
     tile = program % (QKV + IN + OUT + IN)
     own = tl.load(row_ptr + block) if INDEXED else block
+    if SPARSE:  # noqa: SIM102 (without depths the inner one is not compiled)
+        if tl.load(depth_ptr + own) == 0:
+            return
     row = rows_ptr + own * row_units * UNIT
     if tile < QKV:
         _scale(
@@ -80,7 +83,11 @@ def _fold(
 
 
 def fold_fused(
-    rows: Tensor, layout: Layout, dtype: torch.dtype, row: Tensor | None = None
+    rows: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    row: Tensor | None = None,
+    depth: Tensor | None = None,
 ) -> Folded:
     """Fold blocks of a block layout.
 
@@ -89,9 +96,10 @@ def fold_fused(
         layout: of the rows.
         dtype: of the result.
         row: int64 [M]: which of the rows to fold, in this order; all of them by default.
+        depth: int64 [S]: 0 for rows that hold no block; these are passed over.
 
     Returns:
-        The weights of M (or S) blocks, contiguous.
+        The weights of M (or S) blocks, contiguous; anything where there is no block.
     """
     at = dict(zip(layout.names, layout.starts, strict=True))
     d, f = layout.shapes[layout.names.index("mlp.in")]
@@ -105,10 +113,11 @@ def fold_fused(
     # The compiler sees that rows begin at multiples of what it can load at once.
     unit = math.gcd(rows.stride(0), 4)
     _fold[(blocks * (4 * d + 2 * f) // _WIDTH,)](
-        rows, rows if row is None else row, rows.stride(0) // unit,
+        rows, rows if row is None else row, rows if depth is None else depth,
+        rows.stride(0) // unit,
         at["norm1.weight"], at["norm1.bias"], at["attention.qkv"], at["attention.out"],
         at["norm2.weight"], at["norm2.bias"], at["mlp.in"], at["mlp.in_bias"], at["mlp.out"],
         at["mlp.out_bias"], *folded.tensors(),
-        D=d, F=f, INDEXED=row is not None, UNIT=unit, W=_WIDTH,
+        D=d, F=f, INDEXED=row is not None, SPARSE=depth is not None, UNIT=unit, W=_WIDTH,
     )  # fmt: skip
     return folded

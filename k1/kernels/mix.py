@@ -55,6 +55,10 @@ def _mix_frozen(
     inside = (n[:, None] < tokens) & (e[None, :] < EMBED)
     place = n[:, None] * EMBED + e[None, :]
     leaf = tl.load(is_leaf + row) != 0
+    if leaf:
+        only = tl.load(y + row * tokens * EMBED + place, mask=inside, other=0.0)
+        tl.store(out + row * tokens * EMBED + place, only, mask=inside)
+        return
 
     child = tl.load(children + row * RANKS + k, mask=k < RANKS, other=0)
     exists = tl.load(has_child + row * RANKS + k, mask=k < RANKS, other=0) != 0
@@ -76,9 +80,6 @@ def _mix_frozen(
             ).to(tl.float32)
             learned = tl.sum(h * w[None, :], axis=1) + tl.load(at_bias + rank * bias_rank)
             logits += tl.where((k == rank)[None, :], learned[:, None], 0.0)
-    else:
-        own = tl.load(y + row * tokens * EMBED + place, mask=inside & leaf, other=0.0)
-        own = own.to(tl.float32)
     share = sibling_weights(logits, exists[None, :])
 
     mixed = tl.zeros((BLOCK_TOKENS, BLOCK_EMBED), dtype=tl.float32)
@@ -89,7 +90,6 @@ def _mix_frozen(
         by_rank = column(share, k == rank)
         mixed += by_rank[:, None] * value.to(tl.float32)
         tl.store(by_child + source * tokens + n, by_rank, mask=(n < tokens) & here)
-    mixed = tl.where(leaf, own, mixed)
     tl.store(out + row * tokens * EMBED + place, mixed.to(out.dtype.element_ty), mask=inside)
 
 

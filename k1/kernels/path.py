@@ -71,7 +71,9 @@ def _mix_backward(
     e, k = tl.arange(0, BLOCK_EMBED), tl.arange(0, BLOCK_RANKS)
     inside = (n[:, None] < tokens) & (e[None, :] < EMBED)
     tile = n[:, None] * EMBED + e[None, :]
-    if (here < 0) | (tl.load(is_leaf + tl.maximum(here, 0)) != 0):
+    if here < 0:
+        return
+    if tl.load(is_leaf + here) != 0:
         # Its gradient is its own already, and its router routes nothing.
         if LEARNED:
             zero = tl.zeros((BLOCK_TOKENS, BLOCK_EMBED), normed.dtype.element_ty)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k1.attribution import Leaves, Selection, SelectionRules
-from k1.topology import LevelIndex
+from k1.levels import LevelIndex
 
 
 @triton.jit

@@ -68,8 +68,8 @@ class TreePass:
             self._ready = side.mark()
             vocab = forest.shared_layout.shapes[0][0]
             self._order = order_tokens(batch.inputs, vocab) if shared else None
-        self._rows = forest.rows.flatten(0, 1)
-        self._folded = fold_fused(self._rows, forest.block_layout, kind)
+        self._rows, self._depth = forest.rows.flatten(0, 1), forest.depth.flatten()
+        self._folded = fold_fused(self._rows, forest.block_layout, kind, depth=self._depth)
         # All inputs and outputs in one tensor: the roots' inputs, then level by level.
         self._flow = torch.empty(
             last.first + lanes * last.width, tokens, forest.config.model.embed,
@@ -125,7 +125,8 @@ class TreePass:
         return self._known().place
 
     def _fold_chosen(self, table: PathTable) -> Folded:
-        return fold_fused(self._rows, self.forest.block_layout, self._flow.dtype, table.row)
+        layout, kind = self.forest.block_layout, self._flow.dtype
+        return fold_fused(self._rows, layout, kind, table.row, self._depth)
 
     def _run(
         self,
@@ -266,6 +267,7 @@ class TreePass:
                 dx[cut],
                 self._time,
                 config.model.heads,
+                (table.row[cut], slots),
             )
         return dx, factors, router
 
