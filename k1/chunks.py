@@ -9,6 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 Piece = Callable[[], None]
 
 
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut ascending numbers into ranges start..stop without gaps."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
+
+
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """Cut lanes start..stop into chunks of `size` lanes; the last may be smaller."""
     return [(low, min(stop, low + size)) for low in range(start, stop, size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -15,7 +15,7 @@ from k1 import records
 from k1.arena import Arena
 from k1.attribution import Selection, SelectionRules, responsibilities, select_paths
 from k1.backend import choose_backend
-from k1.chunks import cut, run_pieces
+from k1.chunks import cut, run_pieces, runs
 from k1.evidence import rotate
 from k1.forward import (
     Activations,
@@ -74,6 +74,8 @@ class Engine:
         self._side, self._forward_side, self.inner_side = (Side(arena.device) for _ in range(3))
         recorded = on_gpu and self.backend.kernels if graph is None else graph
         self.graphs = StepGraphs(arena.device) if recorded else None
+        self.measured: dict[Hashable, Batch] = {}
+        """Room for the windows that recorded measurements read, by shape."""
 
     def _run(self, jobs: Sequence[tuple[int, int, RangeWork]]) -> list[Exception | None]:
         """Do each job's work on its lanes start..stop, chunk by chunk; returns the jobs' errors.
@@ -147,9 +149,10 @@ class Engine:
             What the step did, valid until the next step.
         """
         a, config = self.arena, self.arena.config
-        for lane in range(start, stop):
-            if a.host_step[lane] and a.host_step[lane] % config.evidence.window == 0:
-                rotate(a["evidence"][lane])
+        window = config.evidence.window
+        full = [n for n in range(start, stop) if a.host_step[n] and a.host_step[n] % window == 0]
+        for low, high in runs(full):
+            rotate(a["evidence"][low:high])
         every = config.update.attribution_every
         due = any(a.host_step[lane] % every == 0 for lane in range(start, stop))
         work = partial(self._step, start, stop, due, batch)

@@ -115,15 +115,17 @@ def index_levels(
     slots = first.slots + 1
     lanes, levels, first_place = len(trees), [], 0
     lane_number = np.arange(lanes)[:, None]
+    flat, at = np.stack([tree.table.flat for tree in trees]), 0
+    ranks = np.max([tree.table.ranks for tree in trees], axis=0).clip(min=1).tolist()
     for level, w in enumerate(width):
-        tables, offset = [tree.table.levels[level] for tree in trees], first.offset[level]
-        own_ranks = max(1, *(tree.table.ranks[level] for tree in trees))
-        most = own_ranks if host_knows else extent.ranks
-        alive = np.stack([table.alive[:w] for table in tables])
-        parent = np.stack([table.parent[:w] for table in tables])
-        rank = np.stack([table.rank[:w] for table in tables])
-        children = np.stack([table.children[:w, :most] for table in tables])
-        has_child = np.stack([table.has_child[:w, :most] for table in tables])
+        offset, most = first.offset[level], ranks[level] if host_knows else extent.ranks
+        fields = []
+        for field in first.table.levels[level].fields():
+            whole = flat[:, at : at + field.size].reshape(lanes, *field.shape)
+            fields.append(whole[:, :w] if field.ndim == 1 else whole[:, :w, :most])
+            at += field.size
+        alive, parent, rank, children, has_child = (np.ascontiguousarray(f) for f in fields)
+        alive, has_child = alive.astype(np.bool_), has_child.astype(np.bool_)
         above, before = (width[level - 1], first_place) if level else (1, 0)
         first_place = before + lanes * above
         source = np.where(alive, before + parent + lane_number * above, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,26 @@ if TYPE_CHECKING:
     from k1.engine import Engine
 
 
-@torch.no_grad()
 def measure(engine: Engine, start: int, stop: int, batch: Batch) -> Tensor:
     """Bits per byte of lanes start..stop, each on its windows of a batch [L, B, T]: float64 [L]."""
+    if engine.graphs is None:
+        return _measure(engine, start, stop, batch)
+    arena = engine.arena
+    levels = tuple((i.width, i.children.shape[-1]) for i in arena.index(start, stop))
+    windows, most = batch.inputs.shape[1], arena.leaves(start, stop).most
+    shape = ("measure", start, stop, windows, levels, most)
+    held = engine.measured.setdefault(shape, batch.map(_fresh))
+    for name in ("inputs", "targets", "starts", "domain"):
+        getattr(held, name).copy_(getattr(batch, name))
+    return engine.graphs.run(shape, partial(_measure, engine, start, stop, held)).clone()
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _measure(engine: Engine, start: int, stop: int, batch: Batch) -> Tensor:
     arena, size = engine.arena, engine.arena.config.train.batch
     forest = arena.forest(start, stop)
     pieces = forest.shared_layout.unpack(forest.shared)

@@ -262,6 +262,10 @@ class LevelTable:
     has_child: np.ndarray
     """bool [C, K]."""
 
+    def fields(self) -> tuple[np.ndarray, ...]:
+        """All fields, in order."""
+        return self.alive, self.parent, self.rank, self.children, self.has_child
+
     @staticmethod
     def empty(slots: int, ranks: int) -> LevelTable:
         """Make the table of a level without blocks."""
@@ -291,6 +295,8 @@ class TreeTable:
     """bool [S]."""
     shallowest: int
     """Blocks under the root on the way to the nearest leaf."""
+    flat: np.ndarray
+    """int64: all fields of all levels one after another, as `LevelTable` names them."""
 
     @staticmethod
     def of(tree: Topology) -> TreeTable:
@@ -316,4 +322,7 @@ class TreeTable:
             depth[block.slot] = len(path)
             is_leaf[block.slot] = tree.is_leaf(block.slot)
         shallowest = int(depth[is_leaf].min()) - 1
-        return TreeTable(levels, tuple(width), tuple(ranks), chain, depth, is_leaf, shallowest)
+        flat = np.concatenate([field.ravel() for level in levels for field in level.fields()])
+        return TreeTable(
+            levels, tuple(width), tuple(ranks), chain, depth, is_leaf, shallowest, flat
+        )

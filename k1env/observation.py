@@ -18,12 +18,15 @@ from k1env.session import Session
 
 MOST_BITS = 8.0
 """Bits per byte that count as 1: what knowing nothing costs."""
+LOG_MOST_INTERVALS = math.log1p(10_000)
+"""Log of a budget, in intervals, that counts as 1: what a trial costs is a share of no budget."""
 SYSTEM_FIELDS = (
     "training loss",
     "mean validation loss",
     "last fall",
     "share of skipped steps",
     "budget spent",
+    "log of intervals left",
     "decisions made",
     "decisions into the phase",
     "agents alive",
@@ -99,6 +102,8 @@ def _system(session: Session, last: Outcome | None, records: Records) -> list[fl
         math.tanh(10 * last.fall) if last else 0.0,
         float(records["skipped"]) / step,
         session.spent / settings.budget,
+        math.log1p(max(0, settings.budget - session.spent) / settings.interval)
+        / LOG_MOST_INTERVALS,
         session.decision / settings.max_decisions,
         session.world.into_phase(session.decision) / settings.phase_decisions,
         session.tree.agents / (arena.scratch - 1),

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from k1.arena import Arena, LaneState
+from k1.chunks import runs
 from k1.engine import Engine, Factor, Stretch
 from k1.errors import K1Error
 from k1.forward import Batch
@@ -46,9 +47,7 @@ class Train:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The lanes as ranges start..stop."""
-        ends = [lane for lane in self.lanes if lane + 1 not in self.lanes]
-        starts = [lane for lane in self.lanes if lane - 1 not in self.lanes]
-        return [(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+        return runs(self.lanes)
 
 
 @dataclass(frozen=True)
@@ -235,9 +234,8 @@ class Scheduler:
             spare: lanes that tasks can claim.
         """
         self.calls, self.spare = calls, spare
-        self._looks: list[tuple[type, Callable[[list[Any]], Sequence[Any]]]] = [
+        self._ends: list[tuple[type, Callable[[list[Any]], Sequence[Any]]]] = [
             (Evaluate, calls.evaluate),
-            (Score, calls.score),
             (Read, calls.read),
             (Keep, calls.keep),
         ]
@@ -281,22 +279,28 @@ class Scheduler:
     def _answer(self, waiting: dict[int, Request]) -> dict[int, Any]:
         """Answer some of the requests.
 
-        Training comes last, so that as many lanes as possible are trained together.
+        Training comes after what leads to more of it, so that as many lanes as possible are
+        trained together. What comes at the end of a decision waits until nobody trains any more,
+        so that it is done for all at once.
         """
         asked = dict(sorted(waiting.items()))
         claims = self._admit({n: r.lanes for n, r in asked.items() if isinstance(r, Claim)})
         if claims:
             return claims
-        answers: dict[int, Any] = {}
-        for kind, answer in self._looks:
+        scores = {n: r for n, r in asked.items() if isinstance(r, Score)}
+        if scores:
+            return dict(zip(scores, self.calls.score(list(scores.values())), strict=True))
+        trains = {n: r for n, r in asked.items() if isinstance(r, Train)}
+        if trains:
+            return self._train(trains, waiting)
+        for kind, answer in self._ends:
             alike = {n: r for n, r in asked.items() if isinstance(r, kind)}
             if alike:
-                answers |= zip(alike, answer(list(alike.values())), strict=True)
-        if answers:
-            return answers
-        trains = {n: r for n, r in asked.items() if isinstance(r, Train)}
-        if not trains:
-            raise K1Error(f"{len(self.spare)} spare lanes are too few for a trial: give more")
+                return dict(zip(alike, answer(list(alike.values())), strict=True))
+        raise K1Error(f"{len(self.spare)} spare lanes are too few for a trial: give more")
+
+    def _train(self, trains: Mapping[int, Train], waiting: dict[int, Request]) -> dict[int, Any]:
+        """Train, and say who is done; the others wait for the steps that are left."""
         ended: dict[int, Any] = {}
         made = self.calls.train(list(trains.values()))
         for (number, request), steps in zip(trains.items(), made, strict=True):

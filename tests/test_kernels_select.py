@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from k1.attribution import NEVER, SelectionRules, index_leaves, select_paths
-from k1.rng import random_bits
 from k1.levels import index_levels
+from k1.rng import random_bits
 from tests.helpers import random_tree
 from tests.kernel_harness import device, ragged_trees
 
