@@ -285,9 +285,7 @@ class Engine:
 
             table = chosen_blocks(forest, leaves, selection.on_path)
             done = forward or TreePass(forest, batch, text, self._forward_side)
-            if not done.has_run and done.keeps_for(table):
-                return done.run(table)
-            return (done if done.has_run else done.run()).choose(table)
+            return done.choose(table) if done.has_run else done.run(table)
         paths = index_paths(selection.on_path, forest.levels, leaves.most, a.scratch)
         on_cpu = a.device.type == "cpu"
         return (CpuPathPass if on_cpu else PathPass)(forest, batch, text, paths)

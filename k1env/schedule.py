@@ -280,8 +280,7 @@ class Scheduler:
         """Answer some of the requests.
 
         Training comes after what leads to more of it, so that as many lanes as possible are
-        trained together. What comes at the end of a decision waits until nobody trains any more,
-        so that it is done for all at once.
+        trained together. What comes at the end of a decision waits until half of all are there.
         """
         asked = dict(sorted(waiting.items()))
         claims = self._admit({n: r.lanes for n, r in asked.items() if isinstance(r, Claim)})
@@ -291,12 +290,14 @@ class Scheduler:
         if scores:
             return dict(zip(scores, self.calls.score(list(scores.values())), strict=True))
         trains = {n: r for n, r in asked.items() if isinstance(r, Train)}
-        if trains:
+        if 2 * len(trains) > len(asked):
             return self._train(trains, waiting)
         for kind, answer in self._ends:
             alike = {n: r for n, r in asked.items() if isinstance(r, kind)}
             if alike:
                 return dict(zip(alike, answer(list(alike.values())), strict=True))
+        if trains:
+            return self._train(trains, waiting)
         raise K1Error(f"{len(self.spare)} spare lanes are too few for a trial: give more")
 
     def _train(self, trains: Mapping[int, Train], waiting: dict[int, Request]) -> dict[int, Any]:

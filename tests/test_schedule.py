@@ -76,9 +76,10 @@ def test_what_waits_for_the_same_is_asked_together() -> None:
     assert done == [5.0, 6.0, 7.0]
     assert notes.asked == [
         ("train", [5, 6, 7]),
-        ("train", [6]),
-        ("evaluate", [5, 6, 7]),
+        ("evaluate", [5, 7]),
         ("train", [5, 6, 7]),
+        ("evaluate", [6]),
+        ("train", [6]),
     ]
 
 

@@ -13,6 +13,11 @@ from k1.attribution import Leaves, Selection, SelectionRules
 from k1.levels import LevelIndex
 
 
+def warps_for(slots: int) -> int:
+    """Warps of a program that looks at all slots of a lane."""
+    return 1 if slots <= 128 else 4 if slots <= 512 else 16
+
+
 @triton.jit
 def _select(
     responsibility_ptr, last_ptr, step_ptr, uniform_ptr, chain_ptr, depth_ptr, leaf_ptr, looks_ptr,
@@ -113,7 +118,7 @@ def select_paths_fused(
         *[t.contiguous() for t in tensors], scale, on_path, culprits,
         slots, rules.root_scale, rules.min_share,
         SCALES=rules.scales, LEVELS=leaves.chain.shape[2], MOST=leaves.most,
-        SP=triton.next_power_of_2(slots), num_warps=1 if slots <= 128 else 4,
+        SP=triton.next_power_of_2(slots), num_warps=warps_for(slots),
     )  # fmt: skip
     return Selection(scale, on_path, culprits)
 
@@ -182,7 +187,7 @@ def list_paths(on_path: Tensor, leaves: Leaves, counts: tuple[int, ...]) -> Path
         on_path.contiguous(), leaves.depth, row, place, slots,
         COUNTS=counts, SP=triton.next_power_of_2(slots),
         RP=triton.next_power_of_2(max(counts)), LANES=lanes,
-        num_warps=1 if slots <= 128 else 4,
+        num_warps=warps_for(slots),
     )  # fmt: skip
     return PathTable(row, place, counts, lanes)
 
@@ -292,5 +297,5 @@ def record_step(
         selection.scale, selection.culprits, loss, fine,
         *[state[name][lanes] for name in (*by_block, *by_lane)],
         slots, memory, PICKS=picks, SP=triton.next_power_of_2(slots),
-        num_warps=1 if slots <= 128 else 4,
+        num_warps=warps_for(slots),
     )  # fmt: skip

@@ -82,10 +82,11 @@ class TreePass:
 
         Args:
             table: the blocks whose gradients will be wanted, if they are known yet; else `choose`
-                them afterwards, and they run once more.
+                them afterwards.
         """
         kept = keep = None
-        if table is not None:
+        again = table is not None and len(self._flow) >= _MANY * len(table.row)
+        if table is not None and not again:
             kept, keep = self._make_room(table), table.place
         ys = []
         for index in self.forest.levels:
@@ -93,16 +94,19 @@ class TreePass:
             self._run(self._folded, index.source, index.row, part, None, kept, keep)
             ys.append(part.view(*index.alive.shape, *part.shape[1:]))
         self._side.wait(self._ready)
+        mark = None
+        if table is not None and again:
+            room = self._make_room(table)
+            with self._side.fork():  # the mixing waits for memory, these for their products
+                self._run_chosen(self._folded, table.row, room, table.place, store=False)
+                mark = self._side.mark()
         self.values = self._mix_up(ys, self._prior)
+        self._side.wait(mark)
         self.has_run = self._fresh = True
         return self
 
-    def keeps_for(self, table: PathTable) -> bool:
-        """Whether keeping values while all blocks run costs less than running some again."""
-        return len(self._flow) < _MANY * len(table.row)
-
     def choose(self, table: PathTable) -> TreePass:
-        """Say which blocks' gradients will be wanted, after all have run."""
+        """Say which blocks' gradients will be wanted, after all have run: they run once more."""
         kept = self._make_room(table)
         self._run_chosen(self._folded, table.row, kept, table.place, store=False)
         return self

@@ -17,6 +17,7 @@ from k1.arena import Arena
 from k1.attribution import Selection
 from k1.graphs import Side
 from k1.kernels.adamw import Moves, move_rows
+from k1.kernels.select import warps_for
 from k1.path import Gradients, PathPass
 from k1.records import FullGradients
 from k1.update import ROWS, SHARED_ROWS
@@ -218,6 +219,6 @@ class FusedUpdate:
             PICKS=0 if culprits is None else culprits.shape[1], LIMIT=config.optimizer.clip,
             WARMUP=max(1, config.optimizer.warmup), SHARED_SCALE=config.update.shared_scale,
             BETA1=config.optimizer.beta1, BETA2=config.optimizer.beta2,
-            SP=triton.next_power_of_2(slots), BLOCK=512, num_warps=1 if slots <= 128 else 4,
+            SP=triton.next_power_of_2(slots), BLOCK=512, num_warps=warps_for(slots),
         )  # fmt: skip
         return blocks, shares
