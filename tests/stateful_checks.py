@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +59,7 @@ def freeze(value: Any) -> Any:
 def generators(env: Phase2Env) -> Any:
     """States of all random generators that a step could draw from."""
     own = env._np_random and env._np_random.bit_generator.state
-    world = torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    world = torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()
     return freeze([own, *world])
 
 

@@ -23,15 +23,25 @@ from k1env.env import Phase2Env
 from k1env.ledger import GENESIS, Ledger, read_ledger
 from k1env.outcome import Outcome
 from tests.stateful_checks import (
-    FEWEST, HARD, Broken, Count, check_bounds, check_lane, check_verdict, fingerprint, freeze,
-    generators, hold, permits, recount,
+    FEWEST,
+    HARD,
+    Broken,
+    Count,
+    check_bounds,
+    check_lane,
+    check_verdict,
+    fingerprint,
+    freeze,
+    generators,
+    hold,
+    permits,
+    recount,
 )
 
 SPARE = 2
 """First of the lanes that are free between decisions."""
 LATELY = 8
 """Returned values that are looked at again at each step; at the end all are."""
-
 
 
 @dataclass
