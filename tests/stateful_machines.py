@@ -127,6 +127,7 @@ CI = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+MANY = settings(CI, max_examples=100, stateful_step_count=40)
 
 
 def play_twice(data: TextData, steps: int) -> None:
@@ -190,11 +191,12 @@ class BoundaryMachine(RuleBasedStateMachine):
         for _ in range(10):
             self.record(True, TABLE[0], None, 12)
 
-    @rule(action=st.sampled_from(TABLE), value=VALUES, agents=st.integers(-1, 64))
-    def ask(self, action: Any, value: float, agents: int) -> None:
-        ruling = self.boundary.rule(Request(action, value, agents))
-        expected = permits(self.count.stage, self.bounds, action, value, agents)
-        hold("mask", ruling.permitted == expected, ruling.rule)
+    @rule(value=VALUES, agents=st.integers(-1, 64))
+    def ask(self, value: float, agents: int) -> None:
+        for action in TABLE:
+            ruling = self.boundary.rule(Request(action, value, agents))
+            expected = permits(self.count.stage, self.bounds, action, value, agents)
+            hold("mask", ruling.permitted == expected, ruling.rule)
 
     @rule()
     def save_and_load(self) -> None:

@@ -171,8 +171,8 @@ class Auditor:
         hold("credits", not outcome.credited or fresh, "credited for a state visited before")
         self.visited.add(here)
         hold("finite", math.isfinite(result[1]), f"reward {result[1]}")
-        if not session.salt:
-            self._check_replay(moment, outcome)
+        check_lane(env, session.main)
+        self._check_replay(moment, outcome)
         self.kept.append((result, freeze(result)))
         self.check()
         return result

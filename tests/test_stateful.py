@@ -23,6 +23,7 @@ from tests.phase2_helpers import smallest
 from tests.stateful_machines import (
     CI,
     GATES,
+    MANY,
     OBJECTS,
     STARTS,
     BoundaryMachine,
@@ -85,11 +86,10 @@ def test_a_step_before_the_first_reset_is_an_error(data: TextData) -> None:
 
 
 def test_no_sequence_of_verdicts_breaks_the_boundary() -> None:
-    many = settings(CI, max_examples=100, stateful_step_count=40)
-    run_state_machine_as_test(BoundaryMachine, settings=many)
+    run_state_machine_as_test(BoundaryMachine, settings=MANY)
 
 
 @pytest.mark.torture
 def test_no_long_sequence_of_verdicts_breaks_the_boundary() -> None:
-    many = settings(CI, max_examples=5_000, stateful_step_count=100, derandomize=False)
+    many = settings(MANY, max_examples=5_000, stateful_step_count=100, derandomize=False)
     run_state_machine_as_test(BoundaryMachine, settings=many)
