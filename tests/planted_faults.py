@@ -24,8 +24,8 @@ from k1env.guard import DivergenceGuard
 from k1env.ledger import Ledger
 from k1env.moves import Moves
 from k1env.session import Session
-from tests.phase2_helpers import boundary_at, index_of, smallest
-from tests.stateful_machines import CAPACITY, GATES
+from tests.phase2_helpers import index_of, smallest
+from tests.stateful_machines import GATES, boundary_of
 from tests.stateful_player import Auditor
 
 Patch = pytest.MonkeyPatch
@@ -309,8 +309,7 @@ FAULTS = (
 
 def perform(fault: Fault, data: TextData, folder: Path) -> Auditor:
     """Play a fault's script under all checks; whether the fault is planted is up to the caller."""
-    start = boundary_at(fault.stage, CAPACITY)
-    start.successes, start.evidence = fault.successes, fault.evidence
+    start = boundary_of(fault.stage, fault.successes, fault.evidence)
     env = Phase2Env(config=smallest(GATES[fault.gate]), data=data)
     play = Auditor(env, folder, boundary=start)
     for line in fault.script:

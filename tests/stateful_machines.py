@@ -34,16 +34,24 @@ GATES: dict[str, dict[str, Any]] = {
     "lenient": {"margin": -1.0, "alpha": 0.5},
     "a coin": {"margin": 0.0, "alpha": 0.5},
 }
-STARTS = ("stage 1", "stage 2", "stage 3", "nearly stage 4", "stage 4")
 ACTIONS = 48
 CAPACITY = 14
+STARTS: dict[str, tuple[int, int, float]] = {
+    "stage 1": (1, 0, 1.0),
+    "nearly stage 2": (1, 2, 10.0),
+    "too little evidence": (1, 2, 1.0),
+    "stage 2": (2, 0, 1.0),
+    "stage 3": (3, 0, 1.0),
+    "nearly stage 4": (3, 9, 1e6),
+    "stage 4": (4, 0, 1.0),
+}
+"""Stage, successes in it and evidence at the start of a play."""
 
 
-def boundary_of(start: str) -> Boundary:
-    if start != "nearly stage 4":
-        return boundary_at(int(start[-1]), CAPACITY)
-    made = boundary_at(3, CAPACITY)
-    made.successes, made.evidence = 9, 1e6
+def boundary_of(stage: int, successes: int = 0, evidence: float = 1.0) -> Boundary:
+    """A boundary as after as many successes."""
+    made = boundary_at(stage, CAPACITY)
+    made.successes, made.evidence = successes, evidence
     return made
 
 
@@ -76,11 +84,14 @@ class PlayMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
 
     @initialize(
-        gate=st.sampled_from(sorted(GATES)), start=st.sampled_from(STARTS), seed=st.integers(0, 3)
+        gate=st.sampled_from(sorted(GATES)),
+        start=st.sampled_from(sorted(STARTS)),
+        seed=st.integers(0, 3),
     )
     def begin(self, gate: str, start: str, seed: int) -> None:
         env = Phase2Env(config=smallest(GATES[gate]), data=self.data)
-        self.play = Auditor(env, Path(self.folder.name), seed=seed, boundary=boundary_of(start))
+        boundary = boundary_of(*STARTS[start])
+        self.play = Auditor(env, Path(self.folder.name), seed=seed, boundary=boundary)
 
     def running(self) -> bool:
         return not self.play.env.session.finished

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from k1.data import TextData
@@ -95,9 +96,9 @@ def test_a_planted_fault_is_found_by_chance(
         pytest.skip("no action does enough harm in so few steps")
     PlayMachine.data = data
     fault.plant(monkeypatch)
-    with pytest.raises(BaseException) as found:
-        run_state_machine_as_test(PlayMachine, settings=CI)
-    assert isinstance(found.value, Broken | BaseExceptionGroup)
+    once = settings(CI, max_examples=30, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(Broken):
+        run_state_machine_as_test(PlayMachine, settings=once)
 
 
 def test_names_of_faults_are_unique(monkeypatch: Patch) -> None:

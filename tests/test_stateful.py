@@ -48,15 +48,15 @@ def test_no_long_sequence_of_actions_breaks_a_promise(data: TextData) -> None:
 
 
 @pytest.mark.parametrize("gate", sorted(GATES))
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", sorted(STARTS))
 def test_every_stage_and_gate_is_played(
     gate: str, start: str, data: TextData, tmp_path: Path
 ) -> None:
     """A walk that is sure to try much: what is forbidden, when there is something."""
-    rng = np.random.default_rng(STARTS.index(start))
+    rng = np.random.default_rng(len(start))
     env = Phase2Env(config=smallest(GATES[gate]), data=data)
-    play = Auditor(env, tmp_path, seed=1, boundary=boundary_of(start))
-    for _ in range(7):
+    play = Auditor(env, tmp_path, seed=1, boundary=boundary_of(*STARTS[start]))
+    for _ in range(5):
         mask = env.action_masks() - env.permitted_mask()
         choices = np.flatnonzero(mask if mask.any() and rng.random() < 0.7 else env.action_masks())
         play.step(rng.choice(choices))
