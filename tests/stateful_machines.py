@@ -125,6 +125,13 @@ class PlayMachine(RuleBasedStateMachine):
     def reload(self, index: int) -> None:
         self.play.reload(index)
 
+    @precondition(running)
+    @rule(index=st.integers(0, ACTIONS - 1))
+    def harm(self, index: int) -> None:
+        """Wreck the weights before a decision, which no controller can: the guard steps in."""
+        self.play.env.session.arena["shared"][0] *= -20.0
+        self.play.step(index)
+
     def teardown(self) -> None:
         if hasattr(self, "play"):
             self.play.close()
