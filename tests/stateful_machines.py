@@ -25,7 +25,7 @@ from k1.data import TextData
 from k1env.actions import action_table
 from k1env.boundary import Boundary, Request, hard_limits
 from k1env.env import Phase2Env
-from tests.phase2_helpers import boundary_at, smallest
+from tests.phase2_helpers import boundary_at, index_of, smallest
 from tests.stateful_checks import Count, check_bounds, freeze, hold, permits
 from tests.stateful_player import Auditor
 
@@ -108,6 +108,11 @@ class PlayMachine(RuleBasedStateMachine):
         choices = np.flatnonzero(mask)
         if len(choices):
             self.play.step(choices[draw % len(choices)])
+
+    @rule(first=st.sampled_from(("tune lr x0.5", "tune lr x2")))
+    def there_and_back(self, first: str) -> None:
+        for label in (first, "tune lr x2" if first == "tune lr x0.5" else "tune lr x0.5"):
+            self.play.step(index_of(self.play.env, label))
 
     @rule(number=st.integers(0, len(OBJECTS) - 1))
     def any_object(self, number: int) -> None:
