@@ -138,9 +138,9 @@ class PlayMachine(RuleBasedStateMachine):
         self.play.step(index)
 
     def teardown(self) -> None:
-        if hasattr(self, "play"):
-            self.play.close()
-        self.folder.cleanup()
+        with self.folder:
+            if hasattr(self, "play"):
+                self.play.close()
 
 
 CI = settings(
