@@ -223,7 +223,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
 
         Raises:
             ActionError: if the action is no integer or not in the table.
-            K1Error: if the episode is over.
+            K1Error: if the episode is over, or none has begun.
         """
         return self.session.scheduler.run([self.step_task(action)])[0]
 
@@ -231,6 +231,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         """Do what `step` does, as a task."""
         if self.session.finished:
             raise K1Error("the episode is over: call reset() first")
+        if not self.session.bits:
+            raise K1Error("no episode has begun: call reset() first")
         index = self.session.moves.look_up(action).index
         self._before = self.session.snapshot() if self._can_undo else None
         outcome = yield from self.session.act_task(index)

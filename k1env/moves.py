@@ -30,6 +30,16 @@ class _Masks:
     permitted: np.ndarray
 
 
+def _quote(thing: object) -> str:
+    """Show any object in one short line."""
+    try:
+        text = repr(thing)
+    except Exception:  # an object of someone's own, or a number of thousands of digits
+        text = f"of type {type(thing).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Moves:
     """The action table, bound to the lane that it is about."""
 
@@ -51,11 +61,11 @@ class Moves:
         """
         last = len(self.table) - 1
         try:
-            number = operator.index(index)
-        except TypeError:  # 0.9 must not pass for 0
-            raise ActionError(f"action {index!r} is no integer: choose 0 to {last}") from None
+            number = operator.index(index)  # 0.9 must not pass for 0
+        except Exception:  # it is anyone's object, and may raise anything
+            raise ActionError(f"action {_quote(index)} is no integer: choose 0 to {last}") from None
         if not 0 <= number <= last:
-            raise ActionError(f"action {number} is not in the table: choose 0 to {last}")
+            raise ActionError(f"action {_quote(number)} is not in the table: choose 0 to {last}")
         return self.table[number]
 
     def name(self, action: Action) -> str:

@@ -69,6 +69,8 @@ class PlainLog(Watch):
             parts.insert(2, f"E {number(evidence)}")
             parts.append(" ".join(f"{d} {number(view.bits.get(d), '.2f')}" for d in view.seen))
             parts.append(f"{percent(display.ratio(view.spent, view.budget))} of budget")
+            if view.skipped:
+                parts.append(f"{view.skipped} of {view.step} steps skipped")
         return " | ".join([*parts, duration(self.elapsed)])
 
     def _announce(self, stage: int) -> None:
@@ -114,6 +116,9 @@ def final_report(summary: Mapping[str, Any], run_dir: str | Path | None = None) 
     lines.append(f"Stopped          {why}{f' ({criteria})' if criteria else ''}")
     steps, seconds = number(summary.get("train_steps"), ",.0f"), duration(summary.get("seconds"))
     lines.append(f"Training         {steps} steps in {seconds}")
+    skipped, rollbacks = summary.get("skipped_steps", 0), summary.get("rollbacks", 0)
+    if skipped or rollbacks:
+        lines.append(f"Divergence       {skipped} steps skipped, {rollbacks} rollbacks")
     lines.append(f"State hash       {str(summary.get('state_hash') or 'n/a')[:16]}")
     folder = run_dir or summary.get("run_dir")
     if folder:

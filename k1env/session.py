@@ -16,6 +16,7 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.data import TextData
+from k1.errors import K1Error
 from k1.flops import step_flops
 from k1.rng import derive_seed
 from k1.topology import Topology
@@ -186,7 +187,11 @@ class Session:
         return self.moves.why_impossible(action, self.boundary) is None
 
     def begin(self) -> None:
-        """Run Phase 1 (or take the given start) and measure where Phase 2 starts."""
+        """Run Phase 1 (or take the given start) and measure where Phase 2 starts.
+
+        Raises:
+            K1Error: if the loss is not finite there.
+        """
         self.scheduler.run([self.begin_task()])
 
     def begin_task(self) -> Task[None]:
@@ -214,7 +219,13 @@ class Session:
         self.trainer.set_mix(self.world.mix(0))
         self.agents_start = self.tree.agents
         self.reference_flops = self.step_flops(self.main)
-        self.bits = self.bits_start = yield self._evaluation
+        measured = yield self._evaluation
+        if not all(math.isfinite(bits) for bits in measured.values()):
+            raise K1Error(
+                "Phase 2 cannot start: the loss after Phase 1 is not finite; lower phase1_lr, "
+                "or start from another checkpoint"
+            )
+        self.bits = self.bits_start = measured
         self.visited = [self.moves.signature(self.main)]
         yield from self._remember(self.world.phase(0), self.bits[self.world.current(0)])
         log_start(self)
@@ -319,7 +330,6 @@ class Session:
         outcome.trial, outcome.applied, outcome.spent = trial, trial.accepted, trial.lane_steps
         if trial.accepted:
             self.arena.write_lane(self.main, adopted[CHEAT])
-            self.shadow_diverged = False
             if action.kind == actions.STOP:
                 outcome.stopped, outcome.stop_reason = True, "the controller stopped (cheat)"
                 outcome.stop_criteria = ["going on was shown to gain less than the margin"]
@@ -327,8 +337,8 @@ class Session:
             yield from self._train(outcome)
         else:
             self.arena.write_lane(self.main, adopted[CONTROL])
-            if SHADOW in adopted:
-                self.arena.write_lane(self.shadow, adopted[SHADOW])
+        if trial.seeds_run and SHADOW in adopted:
+            self.arena.write_lane(self.shadow, adopted[SHADOW])
 
     def _credit(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
         """Count an attempt, once it is known whether the system stands it."""
@@ -338,6 +348,8 @@ class Session:
         outcome.credited = trial.accepted and not again and not outcome.rolled_back
         if trial.accepted:
             self._visit()
+            # What was taken back is no new start: the controller's earlier changes still count.
+            self.shadow_diverged = self.shadow_diverged and outcome.rolled_back
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)

@@ -47,6 +47,8 @@ class SessionView:
     max_decisions: int
     agents: int
     step: int
+    skipped: int
+    """Steps of them that were skipped, for a gradient was not finite."""
     domain: str
     """The one that the stream mainly comes from now."""
     seen: tuple[str, ...]
@@ -77,6 +79,7 @@ def look(session: Session) -> SessionView:
         max_decisions=settings.max_decisions,
         agents=session.tree.agents,
         step=session.trainer.steps,
+        skipped=int(session.arena["skipped"][session.main]),
         domain=session.world.current(session.decision),
         seen=tuple(session.seen),
         bits_start=dict(session.bits_start),

@@ -52,6 +52,22 @@ def quick(gate: dict[str, Any] | None = None, **fields: Any) -> Settings:
     return replace(Settings.preset("tiny"), **{**start, **fields})
 
 
+def smallest(gate: dict[str, Any] | None = None, **fields: Any) -> Settings:
+    """The smallest system, decisions and trials that there are: some 20 ms a step, 100 ms a trial.
+
+    Its action table is that of `quick`.
+    """
+    gate = {"seeds": 2, "horizon": 1, "anneal": 1, "windows": 1, **(gate or {})}
+    start = {"phase1_steps": 2, "interval": 1, "phase_decisions": 4, "max_decisions": 100}
+    made = quick(gate, **{**start, **fields})
+    system = made.system.replace(
+        model={"embed": 8, "feed_forward": 8, "context": 8},
+        evidence={"buckets": 64, "context_buckets": 16, "window": 4},
+        train={"eval_windows": 1, "batch": 2},
+    )
+    return replace(made, system=system)
+
+
 def write_text(folder: Path, size: int = 6_000) -> Path:
     """Write three domains; whole runs on them through the command lines stay quick."""
     for number, domain in enumerate(DOMAINS):
