@@ -127,6 +127,15 @@ def stage_1_permits_deletion(patch: Patch) -> None:
 
 
 def mask_is_wrong_by_one_action(patch: Patch) -> None:
+    def masks(original: Any, moves: Moves, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        possible, permitted = original(moves, *arguments)
+        possible[[action.label for action in moves.table].index("delete slot 3")] ^= 1
+        return possible, permitted
+
+    around(patch, Moves, "masks", masks)
+
+
+def masks_contradict_each_other(patch: Patch) -> None:
     def masks(original: Any, env: Phase2Env) -> np.ndarray:
         mask: np.ndarray = original(env)
         mask[index_of(env, "delete slot 3")] ^= 1
@@ -289,6 +298,7 @@ FAULTS = (
     Fault(tree_may_be_cut_down_to_nothing, "hard limits", ("no-op",)),
     Fault(stage_1_permits_deletion, "mask", ("delete slot 5",)),
     Fault(mask_is_wrong_by_one_action, "mask", ("no-op",)),
+    Fault(masks_contradict_each_other, "mask", ("no-op",)),
     Fault(deletion_orphans_children, "mask", ("no-op",), stage=4),
     Fault(siblings_share_a_router_column, "tree", ("no-op",)),
     Fault(not_a_number_gets_in, "finite", ("no-op",)),

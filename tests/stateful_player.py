@@ -118,6 +118,12 @@ class Auditor:
         session, arena = self.env.session, self.env.session.arena
         boundary, capacity = session.boundary, arena.scratch - 1
         lane = SPARE
+        for told, asked in (
+            ("action", self.env.action_masks),
+            ("permitted", self.env.permitted_mask),
+        ):
+            same = np.array_equal(info[f"{told}_mask"], asked())
+            hold("mask", same, f"info and the method for {told} masks differ")
         for action in session.table:
             possible = action.kind not in ("benchmark", "goal") or boundary.stage == 4
             if action.structural:

@@ -178,7 +178,7 @@ def test_a_rate_raised_to_the_limit_goes_back_with_the_weights(start: Start) -> 
     session = start(max_decisions=6, **LEARNED)
     session.boundary.stage, session.boundary.bounds = 4, session.boundary.hard
     session.arena.set_hyper(MAIN, "lr", 0.03)
-    session.guard.remember(0, 0.999 * session.bits["alpha"])
+    session.guard.remember(session.arena.read_lane(MAIN), 0.999 * session.bits["alpha"])
     outcome = act(session, "tune lr x10")
     assert outcome.applied and outcome.rolled_back
     assert session.arena.get_hyper(MAIN)["lr"] == pytest.approx(0.03)
