@@ -124,7 +124,7 @@ def test_a_diverged_loss_is_null_and_not_the_end_of_the_run(folder: RunFolder) -
     folder.append_metrics({"loss": math.nan, "losses": [math.inf, 1.0], "by": {"x": -math.inf}})
     assert lines_of(folder) == [{"loss": None, "losses": [None, 1.0], "by": {"x": None}}]
     folder.write_summary({"bits_per_byte_end": {"prose": np.float64("nan"), "code": 1.5}})
-    summary = json.loads(folder.summary_path.read_text())
+    summary = folder.summary
     assert summary == {"bits_per_byte_end": {"prose": None, "code": 1.5}}
 
 
@@ -176,7 +176,7 @@ def test_the_summary_is_whole_or_absent(folder: RunFolder, monkeypatch: pytest.M
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".")]
     folder.write_summary({"n": 2})
     assert RunFolder.open(folder.path).finished
-    assert json.loads(folder.summary_path.read_text()) == {"n": 2}
+    assert RunFolder.open(folder.path).summary == {"n": 2}
 
 
 HOLD_THE_LOCK = """
