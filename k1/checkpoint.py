@@ -8,8 +8,8 @@ Where a checkpoint replaces another of the same name, the old one waits beside i
 `.<name>.old` for the moment between two renames. Readers look there too, so a crash at any point
 leaves a complete checkpoint under the name that was asked for.
 
-The SHA-256 show damage. They are no signature: who makes a checkpoint can make them fit it, so what a
-checkpoint says is checked once more by those who use it.
+The SHA-256 show damage. They are no signature: who makes a checkpoint can make them fit it, so what
+it says is checked once more by those who use it.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)
 _MOST_MANIFEST = 2**20
 _MOST_STATE = 2**29
-"""Bytes beyond which a file is no manifest, or no state; parsed, they would take many times that."""
+"""Bytes beyond which a file is no manifest, or no state; parsed, it takes many times that."""
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -131,8 +132,7 @@ def load_checkpoint(
             f"{source} is a checkpoint of kind {manifest['kind']!r}, but {kind!r} is needed; "
             "name another folder"
         )
-    for name in _CONTENTS:
-        _verify(source / name, manifest["files"][name])
+    _verify_contents(source, manifest)
     try:
         content = read_ordinary(source / _STATE, _MOST_STATE)
         state = parse_json(content)
@@ -172,8 +172,8 @@ def remove_leftovers(parent: Path) -> None:
 def latest_checkpoint(parent: Path) -> Path | None:
     """Finds the newest complete checkpoint among the `step-XXXXXXXX` folders.
 
-    A folder counts as complete if its manifest can be read and sizes and hashes match it. Temporary
-    and torn folders are passed over; a newer one that is damaged is too, and a warning names it.
+    A folder counts as complete if its manifest can be read and the sizes match it; hashes are left
+    to `load_checkpoint`. Temporary and torn folders are passed over.
 
     Args:
         parent: The folder that holds the checkpoints; it need not exist.
@@ -184,18 +184,34 @@ def latest_checkpoint(parent: Path) -> Path | None:
     Raises:
         CheckpointError: The parent cannot be listed.
     """
-    for folder in reversed(_step_folders(Path(parent))):
-        place = _where_it_is(folder)
-        if not _is_complete(place):
-            continue
+    return next(_newest_first(Path(parent)), None)
+
+
+def newest_intact_checkpoint(parent: Path) -> Path | None:
+    """Finds the newest checkpoint whose hashes verify, to go on from after a crash.
+
+    A newer one that is complete but damaged is passed over, and a warning names it.
+
+    Args:
+        parent: The folder that holds them; it need not exist.
+
+    Returns:
+        The checkpoint, or None if there is no complete one.
+
+    Raises:
+        CheckpointError: The parent cannot be listed, or all that it holds are damaged.
+    """
+    damage: CheckpointError | None = None
+    for folder in _newest_first(Path(parent)):
         try:
-            manifest = _read_manifest(place)
-            for name in _CONTENTS:
-                _verify(place / name, manifest["files"][name])
+            _verify_contents(place := _where_it_is(folder), _read_manifest(place))
         except CheckpointError as error:
             _LOG.warning("passed over a damaged checkpoint: %s", error)
+            damage = error
             continue
         return folder
+    if damage is not None:
+        raise damage
     return None
 
 
@@ -216,9 +232,7 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     parent = Path(parent)
-    complete = [path for path in _step_folders(parent) if _is_complete(_where_it_is(path))]
-    kept = complete[-keep:]
-    needed = {_where_it_is(folder) for folder in kept}
+    needed = {_where_it_is(folder) for folder in islice(_newest_first(parent), keep)}
     ours = [
         path
         for path in _list(parent)
@@ -350,6 +364,11 @@ def _is_intact(manifest: dict[str, Any], content: bytes) -> bool:
         return False
 
 
+def _verify_contents(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name in _CONTENTS:
+        _verify(folder / name, manifest["files"][name])
+
+
 def _verify(path: Path, expected: Mapping[str, Any]) -> None:
     try:
         if not path.is_file():
@@ -396,6 +415,11 @@ def _step_folders(parent: Path) -> list[Path]:
             names.add(leftover[1])
     by_step = sorted(names, key=lambda name: int(name.removeprefix("step-")))
     return [parent / name for name in by_step]
+
+
+def _newest_first(parent: Path) -> Iterator[Path]:
+    """Yields the complete checkpoints."""
+    return (path for path in reversed(_step_folders(parent)) if _is_complete(_where_it_is(path)))
 
 
 def _list(parent: Path) -> list[Path]:

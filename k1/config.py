@@ -15,7 +15,7 @@ from k1.errors import ConfigError
 T = TypeVar("T")
 
 MOST_SLOTS = 10_000
-"""Slots of a lane in all. The host keeps a tree as lists, so beyond it would take minutes to set up."""
+"""Slots of a lane in all: the host keeps trees as lists, and larger ones would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,14 @@ def _check(name: str, ok: bool, value: object) -> None:
         raise ConfigError(f"{name} = {value!r} is not possible: see k1/config.py for its meaning")
 
 
-def read_dataclass(cls: type[T], data: Any, where: str) -> T:
+def read_dataclass(cls: type[T], data: Any, where: str, *, whole: bool = False) -> T:
     """Build a (nested) dataclass from plain JSON data, lists becoming tuples where it has those.
+
+    Args:
+        cls: the dataclass.
+        data: a table of its fields.
+        where: what to call it in an error's message.
+        whole: refuse a table that lacks a field, though the dataclass has a default for it.
 
     Raises:
         ConfigError: for an unknown field, a value of another type or an impossible one.
@@ -218,36 +224,42 @@ def read_dataclass(cls: type[T], data: Any, where: str) -> T:
     for key, value in data.items():
         if key not in hints:
             raise ConfigError(f"{where} has no field {key!r}: was it written by another version?")
-        values[key] = _read(hints[key], value, f"{where}.{key}")
+        values[key] = _read(hints[key], value, f"{where}.{key}", whole)
+    missing = hints.keys() - values.keys()
+    if whole and missing:
+        raise ConfigError(
+            f"{where} lacks {', '.join(sorted(missing))}: was it written by another version?"
+        )
     try:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where} does not fit {cls.__name__}: {error}") from error
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
+def _read(hint: Any, value: Any, where: str, whole: bool) -> Any:
     """Read a value as what a field's type says; numbers stay as they are spelled."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return read_dataclass(typing.cast(type, hint), value, where)
+        return read_dataclass(typing.cast(type, hint), value, where, whole=whole)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in inner:
             return None
         (hint,) = (option for option in inner if option is not type(None))
-        return _read(hint, value, where)
+        return _read(hint, value, where, whole)
     if origin is tuple and isinstance(value, list | tuple):
         each = inner[:1] * len(value) if inner[1:] == (...,) else inner
         if len(each) == len(value):
             pairs = enumerate(zip(each, value, strict=True))
-            return tuple(_read(h, v, f"{where}[{i}]") for i, (h, v) in pairs)
+            return tuple(_read(h, v, f"{where}[{i}]", whole) for i, (h, v) in pairs)
     if origin is list and isinstance(value, list | tuple):
-        return [_read(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [_read(inner[0], v, f"{where}[{i}]", whole) for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {key: _read(inner[1], v, f"{where}.{key}") for key, v in value.items()}
+        return {key: _read(inner[1], v, f"{where}.{key}", whole) for key, v in value.items()}
+    integer = type(value) is int and -(2**63) <= value < 2**63  # what tensors hold
     fits = {
         bool: isinstance(value, bool),
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, int | float) and not isinstance(value, bool),
+        int: integer,
+        float: integer or isinstance(value, float),
         str: isinstance(value, str),
         Any: True,
     }

@@ -34,6 +34,10 @@ _ALIVE, _SEEN = AGENT_FIELDS.index("alive"), DOMAIN_FIELDS.index("seen")
 _WHOLE_FIELDS = len(SYSTEM_FIELDS) + 2 * len(HYPER_FIELDS) + len(BOUNDARY_FIELDS)
 
 
+MOST_WIDTH = 2**16
+"""Of a layer; torch cannot count the weights of much wider ones."""
+
+
 @dataclass(frozen=True)
 class NetworkSizes:
     """Widths of the network, and what it prefers before it has learned anything."""
@@ -53,7 +57,7 @@ class NetworkSizes:
     def __post_init__(self) -> None:
         """Refuse what is no width."""
         for name in ("slot", "domain", "whole"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= MOST_WIDTH:
                 raise ConfigError(f"network.{name} = {getattr(self, name)} is not possible")
 
 
