@@ -112,9 +112,9 @@ def check_settings(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"the saved state has an impossible {name}: go back to an earlier checkpoint"
             )
-    if int(tensors["top_k"]) < 1 or not float(tensors["mix"].sum()) > 0:
+    if not min(float(tensors[name].sum()) for name in ("top_k", "lr", "mix")) > 0:
         raise CheckpointError(
-            "the saved state has no top_k or no text: go back to an earlier checkpoint"
+            "the saved state has no top_k, lr or text: go back to an earlier checkpoint"
         )
 
 

@@ -418,8 +418,12 @@ def _step_folders(parent: Path) -> list[Path]:
 
 
 def _newest_first(parent: Path) -> Iterator[Path]:
-    """Yields the complete checkpoints."""
-    return (path for path in reversed(_step_folders(parent)) if _is_complete(_where_it_is(path)))
+    """Yields the complete checkpoints; no crash of ours leaves others, so they are told of."""
+    for path in reversed(_step_folders(parent)):
+        if _is_complete(_where_it_is(path)):
+            yield path
+        else:
+            _LOG.warning("passed over %s: it is no complete checkpoint", path)
 
 
 def _list(parent: Path) -> list[Path]:

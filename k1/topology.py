@@ -254,6 +254,8 @@ class Topology:
             return "it has no root"
         if len(by_slot) < len(blocks) or len({block.id for block in blocks}) < len(blocks):
             return "a slot or an id is used twice"
+        if list(by_slot) != sorted(by_slot):
+            return "its slots are in disorder"
         if not all(0 <= block.id < next_id for block in blocks) or len(born) != len(self.capacity):
             return "its counts do not fit"
         places = {(block.parent, block.rank) for block in blocks}

@@ -235,10 +235,12 @@ class Boundary:
         """
         made = read_dataclass(cls, data, "boundary", whole=True)
         counts = (made.successes, made.accepted - made.successes, made.attempted - made.accepted)
-        if not (1 <= made.stage <= len(STAGES) and 0 <= made.evidence < math.inf):
+        if not (1 <= made.stage <= len(STAGES) and 0 < made.evidence < math.inf):
             raise ConfigError(
                 f"boundary.stage = {made.stage} with evidence {made.evidence} is not possible"
             )
+        if asdict(made.bounds) != asdict(read_dataclass(Bounds, data["bounds"], "bounds")):
+            raise ConfigError("boundary: its bounds are beyond the hard limits")
         if min(counts) < 0:
             raise ConfigError("boundary: more cheats succeeded than were tried")
         made.history = [dict(entry) for entry in made.history]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.config import read_dataclass
-from k1.errors import CheckpointError
+from k1.errors import CheckpointError, ConfigError
 from k1env.autonomy import Autonomy
 from k1env.boundary import Boundary
 from k1env.guard import GuardRecord
@@ -40,6 +40,11 @@ class _Records:
     stop_criteria: list[str]
     visited: list[str]
     tries: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Refuse what no session comes to."""
+        if min(self.decision, self.spent, self.agents_start) < 0 or not self.reference_flops > 0:
+            raise ConfigError("state: a count is below zero")
 
 
 _PLAIN = tuple(field.name for field in fields(_Records))
@@ -86,6 +91,9 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
         last = Outcome.from_dict(state["last"]) if state["last"] else None
         guard = GuardRecord.from_dict(state["guard"])
         needed = {"main", *(["shadow"] if records.shadow_diverged else [])}
+        for bits in (records.bits, records.bits_start):
+            if bits and bits.keys() != set(session.world.domains):
+                raise CheckpointError(_OTHER.format("it is of other domains"))
         if not needed <= lanes.keys() or boundary.hard != session.boundary.hard:
             raise CheckpointError(_OTHER.format("its lanes or hard limits differ"))
     except (KeyError, TypeError, AttributeError) as error:
