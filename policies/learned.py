@@ -40,17 +40,18 @@ class Controller:
         Raises:
             CheckpointError: if the weights are of another network.
         """
-        self.check(layout)
+        self.check()
         network = ControllerNetwork(layout, self.sizes)
         network.load_state_dict(self.weights)
         return network
 
-    def check(self, layout: Layout) -> None:
+    def check(self) -> None:
         """See that the weights are those of such a network, before one of its sizes is made.
 
         Raises:
             CheckpointError: if not.
         """
+        layout = Layout.of(WHOLE_ACTIONS)  # weights are the same for every layout
         with torch.device("meta"):  # shapes without memory
             wanted = ControllerNetwork(layout, self.sizes).state_dict()
         check_weights(self.weights, wanted)

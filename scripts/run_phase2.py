@@ -31,7 +31,8 @@ class Arguments:
 
     policy: Annotated[str | None, optional("NAME")] = None
     """Controller: heuristic (default), random, random-legal, cheat, noop, ppo (the trained one that
-    comes with K-1), or the folder of a training by train_ppo.py."""
+    comes with K-1), the folder of a training by train_ppo.py, or a zip of Stable-Baselines3 that
+    holds such a policy (weights alone are read)."""
     data: Annotated[str | None, optional("SOURCE")] = None
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: Annotated[str | None, optional("NAME")] = None
