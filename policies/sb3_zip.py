@@ -1,7 +1,7 @@
 """Weights out of a Stable-Baselines3 zip, without running anything that is in it.
 
 `model.save("x.zip")` of an algorithm that `policies.ppo.make_model` built writes such a file. Most
-of what it holds is pickled, and to load it by Stable-Baselines3 is to run whatever its author liked.
+of what it holds is pickled; to load it by Stable-Baselines3 is to run whatever its author liked.
 Here one file of it is read, `policy.pth`, and of that tensors alone (`weights_only=True`); they go
 into a network that is built here, if they are that network's.
 """
