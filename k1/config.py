@@ -202,7 +202,9 @@ class Config:
 
 def _check(name: str, ok: bool, value: object) -> None:
     if not ok:
-        raise ConfigError(f"{name} = {value!r} is not possible: see k1/config.py for its meaning")
+        raise ConfigError(
+            f"{name} = {value!r:.200} is not possible: see k1/config.py for its meaning"
+        )
 
 
 def read_dataclass(cls: type[T], data: Any, where: str, *, whole: bool = False) -> T:
@@ -218,12 +220,14 @@ def read_dataclass(cls: type[T], data: Any, where: str, *, whole: bool = False) 
         ConfigError: for an unknown field, a value of another type or an impossible one.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} is not a table of fields: {data!r}")
+        raise ConfigError(f"{where} is not a table of fields: {data!r:.80}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
-            raise ConfigError(f"{where} has no field {key!r}: was it written by another version?")
+            raise ConfigError(
+                f"{where} has no field {key!r:.80}: was it written by another version?"
+            )
         values[key] = _read(hints[key], value, f"{where}.{key}", whole)
     missing = hints.keys() - values.keys()
     if whole and missing:

@@ -235,7 +235,9 @@ class Topology:
             blocks = [Block(*row) for row in data["blocks"]]
             next_id, born = data["next_id"], list(data["born"])
             wrong = self._why_no_tree(blocks, next_id, born)
-        except (KeyError, TypeError) as error:
+            if data.keys() != self.to_dict().keys():
+                wrong = "it has parts that a tree has not"
+        except (KeyError, TypeError, AttributeError) as error:
             wrong = f"a part is missing or of another type ({error})"
         if wrong:
             raise TopologyError(f"what was saved is no tree of this configuration: {wrong}")

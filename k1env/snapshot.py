@@ -90,6 +90,9 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
         autonomy = Autonomy.from_dict(state["autonomy"])
         last = Outcome.from_dict(state["last"]) if state["last"] else None
         guard = GuardRecord.from_dict(state["guard"])
+        known = {*_PLAIN, "trees", "boundary", "autonomy", "guard", "last"}
+        if state.keys() != known or not lanes.keys() <= {"main", "shadow", "best"}:
+            raise CheckpointError(_OTHER.format("it has parts that a session has not"))
         needed = {"main", *(["shadow"] if records.shadow_diverged else [])}
         for bits in (records.bits, records.bits_start):
             if bits and bits.keys() != set(session.world.domains):

@@ -188,7 +188,7 @@ def as_text(found: Installation, taken: Estimate) -> str:
         f"  {'blocks':18} {taken.blocks}",
         f"  {'parameters':18} {taken.parameters:,}",
         f"  {'a lane':18} {taken.lane_bytes / 2**20:,.1f} MiB",
-        f"  {'a run of Phase 2':18} {taken.lanes} lanes, {total / 2**30:,.2f} GiB, and room for a step",
+        f"  {'a run of Phase 2':18} {taken.lanes} lanes, {total / 2**30:,.2f} GiB",
         f"  {'a training step':18} {1000 * taken.step_seconds:,.1f} ms",
         f"  {'a whole run':18} about {_duration(taken.run_seconds)}, by the budget and that step",
     ]
