@@ -106,7 +106,7 @@ def foreign(weights: dict[str, Any]) -> dict[str, Any]:
         (nan, "is not finite"),
         (wide, "do not fit its sizes"),
         (doubled, "is torch.float64"),
-        (lacking, "names differ|another network|has no"),
+        (lacking, r"names differ|another network|has no"),
         (sparse, "holds more than weights"),
         (foreign, "another network than a controller of K-1"),
         (lambda weights: list(weights), "holds no weights"),
