@@ -201,17 +201,18 @@ def newest_intact_checkpoint(parent: Path) -> Path | None:
     Raises:
         CheckpointError: The parent cannot be listed, or all that it holds are damaged.
     """
-    damage: CheckpointError | None = None
+    damage: list[CheckpointError] = []
     for folder in _newest_first(Path(parent)):
         try:
             _verify_contents(place := _where_it_is(folder), _read_manifest(place))
         except CheckpointError as error:
-            _LOG.warning("passed over a damaged checkpoint: %s", error)
-            damage = error
+            damage.append(error)
             continue
+        for error in damage:
+            _LOG.warning("passed over a damaged checkpoint: %s", error)
         return folder
-    if damage is not None:
-        raise damage
+    if damage:
+        raise damage[0]
     return None
 
 
