@@ -190,13 +190,7 @@ def latest_checkpoint(parent: Path) -> Path | None:
 def newest_intact_checkpoint(parent: Path) -> Path | None:
     """Finds the newest checkpoint whose hashes verify, to go on from after a crash.
 
-    A newer one that is complete but damaged is passed over, and a warning names it.
-
-    Args:
-        parent: The folder that holds them; it need not exist.
-
-    Returns:
-        The checkpoint, or None if there is no complete one.
+    Newer ones that are damaged are passed over, and a warning names them; None if there is none.
 
     Raises:
         CheckpointError: The parent cannot be listed, or all that it holds are damaged.
