@@ -202,8 +202,8 @@ def newest_intact_checkpoint(parent: Path) -> Path | None:
         except CheckpointError as error:
             damage.append(error)
             continue
-        for error in damage:
-            _LOG.warning("passed over a damaged checkpoint: %s", error)
+        for passed_over in damage:
+            _LOG.warning("passed over a damaged checkpoint: %s", passed_over)
         return folder
     if damage:
         raise damage[0]
