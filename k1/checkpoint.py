@@ -12,6 +12,7 @@ The SHA-256 show damage. They are no signature: who makes a checkpoint can make 
 it says is checked once more by those who use it.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -437,6 +438,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

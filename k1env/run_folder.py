@@ -71,6 +71,7 @@ class RunFolder:
         self.path = path
         self._record = record
         self._metrics_written: int | None = None
+        self._metrics_named = False
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], command: Sequence[str]) -> Self:
@@ -261,7 +262,9 @@ class RunFolder:
         try:
             with self.metrics_path.open("ab") as file:
                 os.fsync(file.fileno())
-            fsync_folder(self.path)  # the file itself may be new
+            if not self._metrics_named:
+                fsync_folder(self.path)  # the file itself may be new
+                self._metrics_named = True
         except OSError as error:
             raise _cannot_write(self.metrics_path, error) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,7 +236,7 @@ class Runner:
         save_checkpoint(
             folder.checkpoints_path / f"step-{session.decision:08d}",
             tensors,
-            asdict(
+            vars(
                 _Saved(
                     session=state,
                     controller=self.controller.state_dict(),

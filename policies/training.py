@@ -331,7 +331,7 @@ class Training:
             seconds=self.seconds,
         )
         place = self.folder.checkpoints_path / RESUME
-        save_checkpoint(place, tensors, asdict(saved), kind=KIND)
+        save_checkpoint(place, tensors, vars(saved), kind=KIND)
         # After the state, so that where there are newest weights there is a state too.
         save_controller(self.folder.checkpoints_path / LAST, self._about(None))
 
