@@ -88,7 +88,7 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
         records = read_dataclass(_Records, plain, "state", whole=True)
         boundary = Boundary.from_dict(state["boundary"])
         autonomy = Autonomy.from_dict(state["autonomy"])
-        last = Outcome.from_dict(state["last"]) if state["last"] else None
+        last = None if state["last"] is None else Outcome.from_dict(state["last"])
         guard = GuardRecord.from_dict(state["guard"])
         known = {*_PLAIN, "trees", "boundary", "autonomy", "guard", "last"}
         if state.keys() != known or not lanes.keys() <= {"main", "shadow", "best"}:
