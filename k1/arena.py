@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +19,8 @@ from torch import Tensor
 
 from k1.attribution import NEVER, Leaves, index_leaves
 from k1.block import block_layout, initial_rows, shared_layout
-from k1.config import Config
-from k1.errors import CheckpointError
+from k1.config import MOST_SLOTS, Config
+from k1.errors import CheckpointError, ConfigError
 from k1.forward import Forest, RouterState, Weights
 from k1.levels import Extent, LevelIndex, index_levels
 from k1.rng import derive_seed
@@ -62,6 +65,86 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_([p[0] for p in pairs], [p[1] for p in pairs])
 
 
+MOST_FLOAT, MOST_COUNT = 3e38, 2**62
+"""Beyond these, numbers of steps and settings overflow."""
+LaneLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def lane_layout(config: Config, vocab_size: int, domains: int) -> LaneLayout:
+    """Tell the shape and type of each tensor of a lane, by name."""
+    s, p = sum(config.model.level_capacity) + 1, block_layout(config.model).total
+    q, ev = shared_layout(config.model, vocab_size).total, config.evidence
+    table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
+    f32, i64 = torch.float32, torch.int64
+    return {
+        **{name: ((s, p), f32) for name in ("weight", "first", "second")},
+        **{name: ((q,), f32) for name in ("shared", "shared_first", "shared_second")},
+        "evidence": ((s, 3, table), i64),
+        **{n: ((s,), f32) for n in ("log_prior", "responsibility", "mean_responsibility")},
+        **{n: ((s,), i64) for n in ("count", "visits", "updates", "born")},
+        **{n: ((s,), i64) for n in ("last_culprit", "last_update")},
+        **{n: ((), i64) for n in ("shared_count", "step", "skipped", "blocks_updated")},
+        **{n: ((), i64) for n in ("data_seed", "data_cursor", "top_k", "cooldown")},
+        **{n: ((), f32) for n in ("lr", "lr_factor", "exploration", "loss")},
+        "mix": ((domains,), f32),
+    }
+
+
+def bytes_of(layout: LaneLayout) -> int:
+    """Memory of a lane."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+
+
+def _check_room(needed: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(
+            f"the lanes need {needed / 2**30:,.1f} GiB, but there are {there / 2**30:,.1f}: "
+            "choose smaller sizes or fewer lanes"
+        )
+
+
+def check_fit(tensors: Mapping[str, Tensor], layout: LaneLayout) -> None:
+    """See that tensors have the shapes and types of a lane.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    for name, (shape, dtype) in layout.items():
+        value = tensors.get(name)
+        if value is None or value.shape != shape or value.dtype != dtype:
+            raise CheckpointError(
+                f"the saved state does not fit this configuration ({name!r} differs): "
+                "use the configuration it was saved with"
+            )
+
+
+def check_settings(tensors: Mapping[str, Tensor]) -> None:
+    """See that what a lane is steered by is possible; weights may be anything, and training sees.
+
+    Args:
+        tensors: those of a lane, of the right shapes and types.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    most = {"lr": MOST_FLOAT, "lr_factor": MOST_FLOAT, "exploration": 1.0, "top_k": MOST_SLOTS}
+    counts = ("step", "data_cursor", "cooldown", "count", "shared_count", "evidence")
+    for name in (*most, *counts, "mix"):
+        value = tensors[name]
+        if not bool(((value >= 0) & (value <= most.get(name, MOST_COUNT))).all()):  # NaN neither
+            raise CheckpointError(
+                f"the saved state has an impossible {name}: go back to an earlier checkpoint"
+            )
+    if not min(float(tensors[name].sum()) for name in ("top_k", "lr", "mix")) > 0:
+        raise CheckpointError(
+            "the saved state has no top_k, lr or text: go back to an earlier checkpoint"
+        )
+
+
 class Arena:
     """All lanes' numbers. S counts slots and one scratch row that padding points to.
 
@@ -85,9 +168,15 @@ class Arena:
         lanes: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Allocate `lanes` empty lanes; `reset_lane` or `write_lane` fills them."""
+        """Allocate `lanes` empty lanes; `reset_lane` or `write_lane` fills them.
+
+        Raises:
+            ConfigError: if they need more memory than the device has.
+        """
         self.config = config
         self.device = torch.device(device)
+        self._layout = lane_layout(config, vocab_size, domains)
+        _check_room(lanes * bytes_of(self._layout), self.device)
         self.lanes = lanes
         self.vocab_size = vocab_size
         self.block_layout = block_layout(config.model)
@@ -108,25 +197,9 @@ class Arena:
         self._room: dict[tuple[int, int, Extent], list[LevelIndex]] = {}
         self._leaves: dict[tuple[int, int], Leaves] = {}
         self._leaves_room: dict[tuple[int, int, int, int], Leaves] = {}
-        s, p, q = self.scratch + 1, self.block_layout.total, self.shared_layout.total
-        ev = config.evidence
-        table = ev.buckets + ev.context_buckets if config.model.router == "evidence" else 0
-        f32, i64 = torch.float32, torch.int64
-
-        def zeros(*shape: int, dtype: torch.dtype = f32) -> Tensor:
-            return torch.zeros(lanes, *shape, dtype=dtype, device=self.device)
-
         self.state: dict[str, Tensor] = {
-            **{name: zeros(s, p) for name in ("weight", "first", "second")},
-            **{name: zeros(q) for name in ("shared", "shared_first", "shared_second")},
-            "evidence": zeros(s, 3, table, dtype=i64),
-            **{n: zeros(s) for n in ("log_prior", "responsibility", "mean_responsibility")},
-            **{n: zeros(s, dtype=i64) for n in ("count", "visits", "updates", "born")},
-            **{n: zeros(s, dtype=i64) for n in ("last_culprit", "last_update")},
-            **{n: zeros(dtype=i64) for n in ("shared_count", "step", "skipped", "blocks_updated")},
-            **{n: zeros(dtype=i64) for n in ("data_seed", "data_cursor", "top_k", "cooldown")},
-            **{n: zeros() for n in ("lr", "lr_factor", "exploration", "loss")},
-            "mix": zeros(domains),
+            name: torch.zeros(lanes, *shape, dtype=dtype, device=self.device)
+            for name, (shape, dtype) in self._layout.items()
         }
 
     def __getitem__(self, name: str) -> Tensor:
@@ -306,19 +379,22 @@ class Arena:
         copy_all(list(tensors.values()), list(rows.values()))
         return LaneState(tensors, self.trees[lane].copy())
 
+    def check(self, saved: LaneState) -> None:
+        """See that a lane could be restored from a copy that comes from a file.
+
+        Raises:
+            CheckpointError: if not.
+        """
+        check_fit(saved.tensors, self._layout)
+        check_settings(saved.tensors)
+
     def write_lane(self, lane: int, saved: LaneState) -> None:
         """Restore a lane from a copy, which stays independent of it.
 
         Raises:
             CheckpointError: if the copy comes from an arena of other sizes.
         """
-        for name, tensor in self.state.items():
-            value = saved.tensors.get(name)
-            if value is None or value.shape != tensor.shape[1:] or value.dtype != tensor.dtype:
-                raise CheckpointError(
-                    f"the saved state does not fit this configuration ({name!r} differs): "
-                    "use the configuration it was saved with"
-                )
+        check_fit(saved.tensors, self._layout)
         values = [saved.tensors[name].to(self.device) for name in self.state]
         copy_all([tensor[lane] for tensor in self.state.values()], values)
         self.host_step[lane] = int(saved.tensors["step"])

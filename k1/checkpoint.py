@@ -7,16 +7,22 @@ disk, and renamed. No code is ever loaded from one: there is no pickle.
 Where a checkpoint replaces another of the same name, the old one waits beside it as
 `.<name>.old` for the moment between two renames. Readers look there too, so a crash at any point
 leaves a complete checkpoint under the name that was asked for.
+
+The SHA-256 show damage. They are no signature: who makes a checkpoint can make them fit it, so what
+it says is checked once more by those who use it.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from k1.durable import canonical_json, fsync_file, fsync_folder, parse_json, write_durably
+from k1.durable import (
+    canonical_json,
+    digest_of,
+    fsync_file,
+    fsync_folder,
+    parse_json,
+    read_ordinary,
+    write_durably,
+)
 from k1.errors import CheckpointError
 
 FORMAT_VERSION = 1
+
+_LOG = logging.getLogger(__name__)
+_MOST_MANIFEST = 2**20
+_MOST_STATE = 2**29
+"""Bytes beyond which a file is no manifest, or no state; parsed, it takes many times that."""
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -108,13 +127,21 @@ def load_checkpoint(
         raise CheckpointError(
             f"there is no checkpoint at {folder}; name a folder that holds a {_MANIFEST}"
         )
-    manifest = _read_manifest(source, kind)
-    for name in _CONTENTS:
-        _verify(source / name, manifest["files"][name])
+    manifest = _read_manifest(source)
+    if manifest["kind"] != kind:
+        raise CheckpointError(
+            f"{source} is a checkpoint of kind {manifest['kind']!r}, but {kind!r} is needed; "
+            "name another folder"
+        )
+    _verify_contents(source, manifest)
     try:
-        state = parse_json((source / _STATE).read_bytes())
+        content = read_ordinary(source / _STATE, _MOST_STATE)
+        state = parse_json(content)
+        # Other spellings of the same say something twice, or what JSON cannot hold.
+        if canonical_json(state).encode() != content:
+            raise ValueError(f"{_STATE} is not written as K-1 writes")
         stored = load_file(source / _TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {source}: {_one_line(error)}; {_GO_BACK}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{source / _STATE} is no JSON object; {_GO_BACK}")
@@ -158,8 +185,30 @@ def latest_checkpoint(parent: Path) -> Path | None:
     Raises:
         CheckpointError: The parent cannot be listed.
     """
-    complete = _complete_checkpoints(Path(parent))
-    return complete[-1] if complete else None
+    return next(_newest_first(Path(parent)), None)
+
+
+def newest_intact_checkpoint(parent: Path) -> Path | None:
+    """Finds the newest checkpoint whose hashes verify, to go on from after a crash.
+
+    Newer ones that are damaged are passed over, and a warning names them; None if there is none.
+
+    Raises:
+        CheckpointError: The parent cannot be listed, or all that it holds are damaged.
+    """
+    damage: list[CheckpointError] = []
+    for folder in _newest_first(Path(parent)):
+        try:
+            _verify_contents(place := _where_it_is(folder), _read_manifest(place))
+        except CheckpointError as error:
+            damage.append(error)
+            continue
+        for passed_over in damage:
+            _LOG.warning("passed over a damaged checkpoint: %s", passed_over)
+        return folder
+    if damage:
+        raise damage[0]
+    return None
 
 
 def prune_checkpoints(parent: Path, keep: int) -> None:
@@ -179,8 +228,7 @@ def prune_checkpoints(parent: Path, keep: int) -> None:
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     parent = Path(parent)
-    kept = _complete_checkpoints(parent)[-keep:]
-    needed = {_where_it_is(folder) for folder in kept}
+    needed = {_where_it_is(folder) for folder in islice(_newest_first(parent), keep)}
     ours = [
         path
         for path in _list(parent)
@@ -247,9 +295,8 @@ def _describe(folder: Path, kind: str) -> dict[str, Any]:
 
 def _render(manifest: Mapping[str, Any]) -> bytes:
     """Gives a manifest its only spelling, with a digest of itself, so that any change shows."""
-    body = {key: value for key, value in manifest.items() if key != "digest"}
-    digest = hashlib.sha256(canonical_json(body, "manifest").encode()).hexdigest()
-    return (json.dumps(body | {"digest": digest}, indent=2, sort_keys=True) + "\n").encode()
+    sealed = {**manifest, "digest": digest_of(manifest)}
+    return (json.dumps(sealed, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -277,10 +324,10 @@ def _where_it_is(folder: Path) -> Path:
     return old if not folder.exists() and old.is_dir() else folder
 
 
-def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_ordinary(path, _MOST_MANIFEST)
         manifest = parse_json(content)
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -296,11 +343,6 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         )
     if version != FORMAT_VERSION or not _is_intact(manifest, content):
         raise CheckpointError(f"{path} is damaged; {_GO_BACK}")
-    if manifest["kind"] != kind:
-        raise CheckpointError(
-            f"{folder} is a checkpoint of kind {manifest['kind']!r}, but {kind!r} is needed; "
-            "name another folder"
-        )
     assert isinstance(manifest, dict)
     return manifest
 
@@ -318,8 +360,15 @@ def _is_intact(manifest: dict[str, Any], content: bytes) -> bool:
         return False
 
 
+def _verify_contents(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name in _CONTENTS:
+        _verify(folder / name, manifest["files"][name])
+
+
 def _verify(path: Path, expected: Mapping[str, Any]) -> None:
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing or no ordinary file; {_GO_BACK}")
         size = path.stat().st_size
         if size != expected["size"]:
             raise CheckpointError(
@@ -337,7 +386,7 @@ def _verify(path: Path, expected: Mapping[str, Any]) -> None:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        content = (folder / _MANIFEST).read_bytes()
+        content = read_ordinary(folder / _MANIFEST, _MOST_MANIFEST)
         manifest = parse_json(content)
         return (
             isinstance(manifest, dict)
@@ -351,8 +400,8 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _complete_checkpoints(parent: Path) -> list[Path]:
-    """Lists the complete checkpoints by step, each by the name that it was saved under."""
+def _step_folders(parent: Path) -> list[Path]:
+    """Lists the checkpoints by step, each by the name that it was saved under."""
     names = set()
     for path in _list(parent):
         leftover = _LEFTOVER.fullmatch(path.name)
@@ -361,7 +410,16 @@ def _complete_checkpoints(parent: Path) -> list[Path]:
         elif leftover and path.name.endswith(".old"):
             names.add(leftover[1])
     by_step = sorted(names, key=lambda name: int(name.removeprefix("step-")))
-    return [parent / name for name in by_step if _is_complete(_where_it_is(parent / name))]
+    return [parent / name for name in by_step]
+
+
+def _newest_first(parent: Path) -> Iterator[Path]:
+    """Yields the complete checkpoints; no crash of ours leaves others, so they are told of."""
+    for path in reversed(_step_folders(parent)):
+        if _is_complete(_where_it_is(path)):
+            yield path
+        else:
+            _LOG.warning("passed over %s: it is no complete checkpoint", path)
 
 
 def _list(parent: Path) -> list[Path]:
@@ -380,6 +438,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +13,9 @@ from k1.data import DataConfig
 from k1.errors import ConfigError
 
 T = TypeVar("T")
+
+MOST_SLOTS = 10_000
+"""Slots of a lane in all: the host keeps trees as lists, and larger ones would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,13 @@ class Config:
         """Refuse impossible values, naming the field."""
         m, t, u, e = self.model, self.train, self.update, self.evidence
         _check("model.branching", len(m.branching) >= 1 and min(m.branching) >= 1, m.branching)
+        _check("model.spare", 0 <= m.spare <= MOST_SLOTS, m.spare)
+        _check("model.spare_levels", 0 <= m.spare_levels <= MOST_SLOTS, m.spare_levels)
+        _check("model.branching", sum(m.level_capacity) <= MOST_SLOTS, m.branching)
         _check("model.max_children", m.max_children >= max(m.branching), m.max_children)
         _check("model.heads", m.heads >= 1, m.heads)
         _check("model.embed", m.embed >= 1 and m.embed % m.heads == 0, m.embed)
         _check("model.feed_forward", m.feed_forward >= 1, m.feed_forward)
-        _check("model.spare_levels", m.spare_levels >= 0 and m.spare >= 0, m.spare_levels)
         _check("model.context", m.context >= 2, m.context)
         _check("model.router", m.router in ("mean", "learned", "evidence"), m.router)
         _check("update.mode", u.mode in ("dense", "exact", "sparse"), u.mode)
@@ -153,7 +159,7 @@ class Config:
         _check("train.batch", t.batch >= 1, t.batch)
         _check("train.eval_windows", t.eval_windows >= 1, t.eval_windows)
         _check("train.lr", 0 < t.lr < math.inf, t.lr)
-        _check("train.top_k", t.top_k >= 1, t.top_k)
+        _check("train.top_k", 1 <= t.top_k <= MOST_SLOTS, t.top_k)
         _check("train.cooldown", t.cooldown >= 0, t.cooldown)
         _check("train.exploration", 0 <= t.exploration <= 1, t.exploration)
         _check("train.precision", t.precision in ("float32", "bfloat16"), t.precision)
@@ -196,31 +202,74 @@ class Config:
 
 def _check(name: str, ok: bool, value: object) -> None:
     if not ok:
-        raise ConfigError(f"{name} = {value!r} is not possible: see k1/config.py for its meaning")
+        raise ConfigError(
+            f"{name} = {value!r:.200} is not possible: see k1/config.py for its meaning"
+        )
 
 
-def read_dataclass(cls: type[T], data: Any, where: str) -> T:
-    """Build a (nested) dataclass from plain JSON data, lists becoming tuples.
+def read_dataclass(cls: type[T], data: Any, where: str, *, whole: bool = False) -> T:
+    """Build a (nested) dataclass from plain JSON data, lists becoming tuples where it has those.
+
+    Args:
+        cls: the dataclass.
+        data: a table of its fields.
+        where: what to call it in an error's message.
+        whole: refuse a table that lacks a field, though the dataclass has a default for it.
 
     Raises:
-        ConfigError: for an unknown field or an impossible value.
+        ConfigError: for an unknown field, a value of another type or an impossible one.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} is not a table of fields: {data!r}")
+        raise ConfigError(f"{where} is not a table of fields: {data!r:.80}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
-            raise ConfigError(f"{where} has no field {key!r}: was it written by another version?")
-        if dataclasses.is_dataclass(hints[key]):
-            value = read_dataclass(typing.cast(type, hints[key]), value, f"{where}.{key}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[key] = value
+            raise ConfigError(
+                f"{where} has no field {key!r:.80}: was it written by another version?"
+            )
+        values[key] = _read(hints[key], value, f"{where}.{key}", whole)
+    missing = hints.keys() - values.keys()
+    if whole and missing:
+        raise ConfigError(
+            f"{where} lacks {', '.join(sorted(missing))}: was it written by another version?"
+        )
     try:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where} does not fit {cls.__name__}: {error}") from error
+
+
+def _read(hint: Any, value: Any, where: str, whole: bool) -> Any:
+    """Read a value as what a field's type says; numbers stay as they are spelled."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return read_dataclass(typing.cast(type, hint), value, where, whole=whole)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inner:
+            return None
+        (hint,) = (option for option in inner if option is not type(None))
+        return _read(hint, value, where, whole)
+    if origin is tuple and isinstance(value, list | tuple):
+        each = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(each) == len(value):
+            pairs = enumerate(zip(each, value, strict=True))
+            return tuple(_read(h, v, f"{where}[{i}]", whole) for i, (h, v) in pairs)
+    if origin is list and isinstance(value, list | tuple):
+        return [_read(inner[0], v, f"{where}[{i}]", whole) for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(inner[1], v, f"{where}.{key}", whole) for key, v in value.items()}
+    integer = type(value) is int and -(2**63) <= value < 2**63  # what tensors hold
+    fits = {
+        bool: isinstance(value, bool),
+        int: integer,
+        float: integer or isinstance(value, float),
+        str: isinstance(value, str),
+        Any: True,
+    }
+    if not fits.get(hint, False):
+        raise ConfigError(f"{where} = {value!r:.80} is not possible: it is of another type")
+    return value
 
 
 PRESETS: dict[str, Config] = {

@@ -3,10 +3,14 @@
 Nothing here imports torch, so tools that only read a run's records start at once.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
 import secrets
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,41 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def read_ordinary(path: Path, most: int | None = None) -> bytes:
+    """Reads a whole file; what is no ordinary one, such as a pipe, might never end and is refused.
+
+    Args:
+        path: The file, or a link to it.
+        most: Bytes beyond which it cannot be what it is taken for.
+
+    Raises:
+        OSError: The file is missing, cannot be read, is not ordinary or too large.
+    """
+    # A pipe without a writer would hold an ordinary open up for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+        if most is not None and status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def digest_of(value: Mapping[str, object]) -> str:
+    """Hashes a table of plain data (SHA-256), its own entry `digest` left out.
+
+    Raises:
+        ValueError: Something in it is not finite plain data.
+    """
+    body = {key: item for key, item in value.items() if key != "digest"}
+    return hashlib.sha256(canonical_json(body).encode()).hexdigest()
 
 
 def canonical_json(value: object, where: str = "value") -> str:

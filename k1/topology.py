@@ -238,10 +238,53 @@ class Topology:
         return [self.blocks[slot] for slot in sorted(self.blocks)]
 
     def load_dict(self, data: dict[str, Any]) -> None:
-        """Take over what `to_dict` wrote for the same capacities."""
-        self.blocks = {row[0]: Block(*row) for row in data["blocks"]}
+        """Take over what `to_dict` wrote for the same capacities.
+
+        Raises:
+            TopologyError: if it is no tree, or none that these capacities hold.
+        """
+        try:
+            blocks = [Block(*row) for row in data["blocks"]]
+            next_id, born = data["next_id"], list(data["born"])
+            wrong = self._why_no_tree(blocks, next_id, born)
+            if data.keys() != self.to_dict().keys():
+                wrong = "it has parts that a tree has not"
+        except (KeyError, TypeError, AttributeError) as error:
+            wrong = f"a part is missing or of another type ({error})"
+        if wrong:
+            raise TopologyError(f"what was saved is no tree of this configuration: {wrong}")
+        self.blocks = {block.slot: block for block in blocks}
         self._changed()
-        self.next_id, self.born = data["next_id"], list(data["born"])
+        self.next_id, self.born = next_id, born
+
+    def _why_no_tree(self, blocks: list[Block], next_id: Any, born: list[Any]) -> str | None:
+        """Say why blocks are no tree that fits, or None if they are one."""
+        numbers = [next_id, *born, *(n for block in blocks for n in vars(block).values())]
+        if not all(type(n) is int and abs(n) < 2**62 for n in numbers):
+            return "a number is none"
+        by_slot = {block.slot: block for block in blocks}
+        root = by_slot.get(ROOT_SLOT)
+        if root is None or (root.parent, root.level) != (-1, 0):
+            return "it has no root"
+        if len(by_slot) < len(blocks) or len({block.id for block in blocks}) < len(blocks):
+            return "a slot or an id is used twice"
+        if list(by_slot) != sorted(by_slot):
+            return "its slots are in disorder"
+        if not all(0 <= block.id < next_id for block in blocks) or len(born) != len(self.capacity):
+            return "its counts do not fit"
+        places = {(block.parent, block.rank) for block in blocks}
+        if len(places) < len(blocks):
+            return "two children have one rank"
+        for block in blocks:
+            level = block.level
+            if not (0 <= level < len(self.capacity) and 0 <= block.rank < self.max_children):
+                return f"block {block.id} is at no place of it"
+            if not 0 <= block.slot - self.offset[level] < self.capacity[level]:
+                return f"block {block.id} is in a slot of another level"
+            parent = by_slot.get(block.parent)
+            if level and (parent is None or parent.level != level - 1):
+                return f"block {block.id} has no parent a level above"
+        return None
 
 
 @dataclass(frozen=True)

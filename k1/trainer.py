@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from k1 import edits
-from k1.arena import Arena, LaneState
+from k1.arena import Arena, LaneState, check_fit, lane_layout
 from k1.checkpoint import load_checkpoint, save_checkpoint
-from k1.config import Config
+from k1.config import Config, read_dataclass
 from k1.data import TextData
 from k1.engine import Engine
 from k1.errors import CheckpointError, ConfigError, DeviceError
@@ -62,6 +62,16 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise DeviceError(f"unknown device {name!r}: use auto, cpu or cuda")
     return torch.device(name)
+
+
+@dataclass
+class _Saved:
+    """What a checkpoint holds besides tensors."""
+
+    config: dict[str, Any]
+    seed: int
+    data: str
+    tree: dict[str, Any]
 
 
 class Trainer:
@@ -267,17 +277,22 @@ class Trainer:
         from k1.data import load_data
 
         tensors, state = load_checkpoint(Path(folder), kind=CHECKPOINT_KIND)
-        config = Config.from_dict(state["config"])
+        saved = read_dataclass(_Saved, state, str(folder), whole=True)
+        config = Config.from_dict(saved.config)
         if not isinstance(data, TextData):
             source = config.data.source if data is None else str(data)
             data = load_data(dataclasses.replace(config.data, source=source))
-        if data.fingerprint != state["data"]:
+        if data.fingerprint != saved.data:
             raise CheckpointError(
                 f"{folder} was trained on other text than what was loaded: "
                 "give the same --data and --preset"
             )
-        trainer = cls(config, data, seed=state["seed"], device=device, lanes=lanes)
+        # Before anything is made by its sizes, which the tensors have to bear out.
+        check_fit(tensors, lane_layout(config, data.vocab_size, len(data.domains)))
         tree = Topology(config.model.level_capacity, config.model.max_children)
-        tree.load_dict(state["tree"])
-        trainer.arena.write_lane(0, LaneState(tensors, tree))
+        tree.load_dict(saved.tree)
+        lane = LaneState(tensors, tree)
+        trainer = cls(config, data, seed=saved.seed, device=device, lanes=lanes)
+        trainer.arena.check(lane)
+        trainer.arena.write_lane(0, lane)
         return trainer

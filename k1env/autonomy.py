@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from k1.config import read_dataclass
+from k1.errors import ConfigError
 from k1env.actions import BENCHMARK_TEMPLATES, GOAL_TEMPLATES
 
 DEFAULT_PATIENCE = 5
@@ -139,10 +141,16 @@ class Autonomy:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Autonomy:
-        """Read what `to_dict` wrote."""
-        fields: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in data.items()}
-        fields["benchmarks"] = [
-            Benchmark(**{**b, "values": list(b["values"])}) for b in fields["benchmarks"]
-        ]
-        fields["goals"] = [Goal(**g) for g in fields["goals"]]
-        return cls(**fields)
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: if it is no such record.
+        """
+        made = read_dataclass(cls, data, "autonomy", whole=True)
+        for name, kept, known in (
+            ("benchmarks", made.benchmarks, BENCHMARK_TEMPLATES),
+            ("goals", made.goals, GOAL_TEMPLATES),
+        ):
+            if not all(0 <= one.template < len(known) for one in kept):
+                raise ConfigError(f"autonomy.{name} has one of an unknown template")
+        return made

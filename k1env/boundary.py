@@ -15,9 +15,12 @@ probability 1 % at most, however often a policy tries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from k1.config import read_dataclass
+from k1.errors import ConfigError
 from k1env import actions
 from k1env.actions import Action
 
@@ -225,9 +228,20 @@ class Boundary:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Boundary:
-        """Read what `to_dict` wrote."""
-        fields = dict(data)
-        for name in ("hard", "bounds"):
-            fields[name] = Bounds.from_dict(fields[name])
-        fields["history"] = [dict(entry) for entry in fields["history"]]
-        return cls(**fields)
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: if it is no state of a boundary.
+        """
+        made = read_dataclass(cls, data, "boundary", whole=True)
+        counts = (made.successes, made.accepted - made.successes, made.attempted - made.accepted)
+        if not (1 <= made.stage <= len(STAGES) and 0 < made.evidence < math.inf):
+            raise ConfigError(
+                f"boundary.stage = {made.stage} with evidence {made.evidence} is not possible"
+            )
+        if asdict(made.bounds) != asdict(read_dataclass(Bounds, data["bounds"], "bounds")):
+            raise ConfigError("boundary: its bounds are beyond the hard limits")
+        if min(counts) < 0:
+            raise ConfigError("boundary: more cheats succeeded than were tried")
+        made.history = [dict(entry) for entry in made.history]
+        return made

@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 
 from k1.arena import LaneState
+from k1.config import read_dataclass
 from k1.engine import Engine
 from k1.errors import ConfigError
 from k1.rng import derive_seed
@@ -104,16 +105,12 @@ class TrialResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrialResult:
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote.
 
-        def comparison(table: dict[str, Any] | None) -> Comparison | None:
-            if table is None:
-                return None
-            return Comparison(**{**table, "differences": tuple(table["differences"])})
-
-        arms = {arm: comparison(data[arm]) for arm in ("control", "shadow")}
-        digests = {name: tuple(data[name]) for name in ("stream_digests", "window_digests")}
-        return cls(**{**data, **arms, **digests})
+        Raises:
+            ConfigError: if it is no such result.
+        """
+        return read_dataclass(cls, data, "trial", whole=True)
 
 
 def differences(

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from k1.arena import Arena, LaneState
+from k1.config import read_dataclass
+
+
+@dataclass(frozen=True)
+class GuardRecord:
+    """What a guard has seen, without the best state itself."""
+
+    best_loss: float | None
+    phase: int
+    rollbacks: int
+    in_a_row: int
+
+    @staticmethod
+    def from_dict(data: Any) -> GuardRecord:
+        """Read what `DivergenceGuard.to_dict` wrote.
+
+        Raises:
+            ConfigError: if it is no such record.
+        """
+        return read_dataclass(GuardRecord, data, "guard", whole=True)
 
 
 class DivergenceGuard:
@@ -65,16 +86,11 @@ class DivergenceGuard:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record without the state itself, as plain JSON data."""
-        return {
-            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
-            "phase": self.phase,
-            "rollbacks": self.rollbacks,
-            "in_a_row": self.in_a_row,
-        }
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return asdict(GuardRecord(best, self.phase, self.rollbacks, self.in_a_row))
 
-    def load_dict(self, data: dict[str, Any], best: LaneState | None) -> None:
+    def load(self, record: GuardRecord, best: LaneState | None) -> None:
         """Take over what `to_dict` wrote, and the best state."""
-        loss = data["best_loss"]
-        self.best_loss = math.inf if loss is None else loss
-        self.phase, self.rollbacks = data["phase"], data["rollbacks"]
-        self.in_a_row, self.best = data["in_a_row"], best
+        self.best_loss = math.inf if record.best_loss is None else record.best_loss
+        self.phase, self.rollbacks = record.phase, record.rollbacks
+        self.in_a_row, self.best = record.in_a_row, best

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from k1.durable import canonical_json, fsync_folder, parse_json
+from k1.durable import canonical_json, fsync_folder, parse_json, read_ordinary
 from k1.errors import LedgerError
 
 GENESIS = "0" * 64
@@ -222,7 +222,7 @@ def _parse(path: Path) -> tuple[list[Entry], int, str]:
         The entries, the number of bytes that they take, and what tore the last line, if anything.
     """
     try:
-        content = path.read_bytes()
+        content = read_ordinary(path)
     except FileNotFoundError as error:
         raise LedgerError(f"there is no ledger at {path}; name the folder of a run") from error
     except OSError as error:

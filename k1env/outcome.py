@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from k1.config import read_dataclass
 from k1env.gate import TrialResult
 
 
@@ -83,6 +84,9 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Outcome:
-        """Read what `dataclasses.asdict` wrote."""
-        trial = data["trial"]
-        return cls(**{**data, "trial": TrialResult.from_dict(trial) if trial else None})
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            ConfigError: if it is no outcome.
+        """
+        return read_dataclass(cls, data, "outcome", whole=True)

@@ -7,11 +7,19 @@ import json
 import math
 import os
 import platform
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from k1.durable import canonical_json, parse_json, write_atomically
+from k1.durable import (
+    canonical_json,
+    digest_of,
+    fsync_folder,
+    parse_json,
+    read_ordinary,
+    write_atomically,
+)
 from k1.errors import K1Error
 
 FORMAT_VERSION = 1
@@ -23,6 +31,8 @@ _METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 _SUMMARY = "summary.json"
 _LOCK = "run.lock"
+_MOST_JSON = 2**26
+"""Bytes beyond which a file holds no settings and no results."""
 _PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib", "k1")
 
 _README_TEXT = f"""\
@@ -61,6 +71,7 @@ class RunFolder:
         self.path = path
         self._record = record
         self._metrics_written: int | None = None
+        self._metrics_named = False
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], command: Sequence[str]) -> Self:
@@ -86,9 +97,10 @@ class RunFolder:
             canonical_json(record, "settings")
         except ValueError as error:
             raise K1Error(f"cannot record the run: {error}; use finite plain data") from error
+        record["digest"] = digest_of(record)
         folder = cls(path, record)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            _make_durably(path)
             with folder.lock():
                 folder.refuse_to_mix()
                 write_atomically(path / _CONFIG, _pretty(record))
@@ -105,15 +117,16 @@ class RunFolder:
         """Opens the folder of an earlier run, to resume, replay or report it.
 
         Raises:
-            K1Error: It is missing, is no run folder or one of another kind, is damaged or has
-                another format version.
+            K1Error: It is missing, is no run folder or one of another kind, is damaged, has
+                another format version, or holds a link.
         """
         path = Path(path)
         if not path.is_dir():
             raise K1Error(f"there is no run folder at {path}; check the path")
         file = path / _CONFIG
         try:
-            record = parse_json(file.read_bytes())
+            content = read_ordinary(file, _MOST_JSON)
+            record = parse_json(content)
         except FileNotFoundError as error:
             raise K1Error(
                 f"{path} is no run folder, for it has no {_CONFIG}; check the path"
@@ -132,6 +145,7 @@ class RunFolder:
             isinstance(record.get("config"), dict)
             and isinstance(record.get("command"), list)
             and isinstance(record.get("versions"), dict)
+            and _is_intact(record, content)
         ):
             raise K1Error(
                 f"{file} was not written by K-1 or is damaged; "
@@ -143,7 +157,9 @@ class RunFolder:
                 f"{path} is no folder of {cls.script}: it was made by "
                 f"{scripts[0] if scripts else 'something else'}; check the path"
             )
-        return cls(path, record)
+        folder = cls(path, record)
+        folder.refuse_links()
+        return folder
 
     @property
     def config(self) -> dict[str, Any]:
@@ -193,10 +209,16 @@ class RunFolder:
             K1Error: There is no summary, or it is damaged.
         """
         try:
-            summary = parse_json(self.summary_path.read_bytes())
+            content = read_ordinary(self.summary_path, _MOST_JSON)
+            summary = parse_json(content)
         except (OSError, ValueError) as error:
             raise K1Error(f"cannot read {self.summary_path}: {error}; resume the run") from error
-        return dict(summary)
+        if not isinstance(summary, dict) or not _is_intact(summary, content, _timeless(summary)):
+            raise K1Error(
+                f"{self.summary_path} was not written by K-1 or is damaged; "
+                "restore it from a copy, or delete it and resume the run"
+            )
+        return {name: value for name, value in summary.items() if name != "digest"}
 
     @property
     def metrics_lines(self) -> int:
@@ -240,6 +262,9 @@ class RunFolder:
         try:
             with self.metrics_path.open("ab") as file:
                 os.fsync(file.fileno())
+            if not self._metrics_named:
+                fsync_folder(self.path)  # the file itself may be new
+                self._metrics_named = True
         except OSError as error:
             raise _cannot_write(self.metrics_path, error) from error
 
@@ -272,6 +297,8 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the results at once and whole, which marks the run as finished.
 
+        Their `digest` leaves `seconds` out, so that equal runs have equal digests.
+
         Args:
             summary: Plain data; a number that is not finite is written as null.
 
@@ -281,7 +308,8 @@ class RunFolder:
         plain = _without_non_finite(dict(summary))
         try:
             canonical_json(plain, "summary")
-            write_atomically(self.summary_path, _pretty(plain))
+            sealed = {**plain, "digest": digest_of(_timeless(plain))}
+            write_atomically(self.summary_path, _pretty(sealed))
         except ValueError as error:
             raise K1Error(f"cannot write the summary: {error}; use plain data") from error
         except OSError as error:
@@ -292,11 +320,12 @@ class RunFolder:
         """Keeps other processes from writing this run; the end of the process ends it too.
 
         Raises:
-            K1Error: Another process has it, or the folder cannot be written.
+            K1Error: Another process has it, the folder cannot be written, or holds a link.
         """
+        self.refuse_links()
         path = self.path / _LOCK
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise _cannot_write(path, error) from error
         try:
@@ -316,6 +345,27 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
+    def refuse_links(self) -> None:
+        """Sees that the folder holds ordinary files and folders alone.
+
+        Through a link in somebody else's folder, a run would cut off, replace and delete files that
+        are not its own.
+
+        Raises:
+            K1Error: There is a link or something else in it.
+        """
+        for parent, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                try:
+                    mode = (Path(parent) / name).lstat().st_mode
+                except FileNotFoundError:  # of a run that goes on meanwhile
+                    continue
+                if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                    raise K1Error(
+                        f"{Path(parent) / name} is a link or no ordinary file, which a run would "
+                        "write through; put a copy of what it stands for in its place"
+                    )
+
     def refuse_to_mix(self) -> None:
         """Sees that a new run finds an empty folder; call it with the lock.
 
@@ -333,7 +383,7 @@ class RunFolder:
 
     def _read_metrics(self) -> bytes:
         try:
-            return self.metrics_path.read_bytes()
+            return read_ordinary(self.metrics_path)
         except FileNotFoundError:
             return b""
         except OSError as error:
@@ -341,6 +391,32 @@ class RunFolder:
                 f"cannot read {self.metrics_path}: {error.strerror or error}; "
                 "make it a readable file"
             ) from error
+
+
+def _make_durably(path: Path) -> None:
+    """Makes a folder and those above it, so that a loss of power takes none of them away."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        fsync_folder(place.parent)
+
+
+def _is_intact(table: dict[str, Any], content: bytes, sealed: dict[str, Any] | None = None) -> bool:
+    """Whether a file is spelled as it was written, and its digest is that of its sealed part.
+
+    Older folders hold no digests; they are read without.
+    """
+    try:
+        if _pretty(table) != content:  # something is said twice, for example
+            return False
+        right = digest_of(table if sealed is None else sealed)
+        return "digest" not in table or bool(table["digest"] == right)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name != "seconds"}
 
 
 def _versions() -> dict[str, str]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from k1.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from k1.errors import CheckpointError
+from k1.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    newest_intact_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from k1.config import read_dataclass
+from k1.errors import CheckpointError, ConfigError
 from k1env.env import Phase2Env
 from k1env.ledger import GENESIS, Ledger
 from k1env.run_folder import RunFolder
@@ -22,6 +30,45 @@ CHECKPOINT_KIND = "phase2"
 CHECKPOINTS_KEPT = 2
 TIME_SPENT = "time budget spent"
 """Why a run paused that `--max-minutes` ended; it can be resumed."""
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a run was asked for, as `config.json` tells."""
+
+    policy: str
+    data: str | None
+    preset: str
+    seed: int
+    device: str
+    start: str | None
+
+    @staticmethod
+    def of(folder: RunFolder) -> RunArguments:
+        """Read those of a run.
+
+        Raises:
+            ConfigError: if one is missing, unknown or of another type.
+        """
+        stored = folder.config["arguments"]
+        made = read_dataclass(RunArguments, stored, "config.json: arguments", whole=True)
+        if made.seed < 0:
+            raise ConfigError(f"config.json: seed = {made.seed} is not possible: it is 0 or more")
+        return made
+
+
+@dataclass
+class _Saved:
+    """What a checkpoint of a run holds besides tensors."""
+
+    session: dict[str, Any]
+    controller: dict[str, Any]
+    ledger_index: int
+    ledger_head: str
+    metrics_lines: int
+    data: str
+    """Fingerprint of the text."""
+    seconds: float
 
 
 class Controller(Protocol):
@@ -92,7 +139,8 @@ class Runner:
         """
         with self.folder.lock():
             session = self.env.session
-            checkpoint = latest_checkpoint(self.folder.checkpoints_path) if resume else None
+            places = self.folder.checkpoints_path
+            checkpoint = newest_intact_checkpoint(places) if resume else None
             session.notify = self.display.event
             if checkpoint is not None:
                 self._continue(checkpoint)
@@ -127,15 +175,21 @@ class Runner:
 
     def _continue(self, checkpoint: Path) -> None:
         tensors, state = _read_checkpoint(checkpoint, self.env, self.folder)
-        ledger = Ledger.resume(
-            self.folder.ledger_path, index=state["ledger_index"], head=state["ledger_head"]
-        )
-        self.folder.truncate_metrics(state["metrics_lines"])
-        self.env.bind_ledger(ledger)
         self.env.session.rebind(self.seed)
-        self.env.session.restore(tensors, state["session"])
-        self.controller.load_state_dict(state["controller"])
-        self.seconds_before = state["seconds"]
+        self.env.session.restore(tensors, state.session)
+        try:
+            self.controller.load_state_dict(state.controller)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise CheckpointError(
+                f"{checkpoint} holds no memory of this policy ({error}): go on with the policy and "
+                "the version of K-1 that the run began with"
+            ) from error
+        ledger = Ledger.resume(
+            self.folder.ledger_path, index=state.ledger_index, head=state.ledger_head
+        )
+        self.folder.truncate_metrics(state.metrics_lines)
+        self.env.bind_ledger(ledger)
+        self.seconds_before = state.seconds
 
     def _decide(self) -> None:
         observation, info = self.env.observe()
@@ -184,15 +238,17 @@ class Runner:
         save_checkpoint(
             folder.checkpoints_path / f"step-{session.decision:08d}",
             tensors,
-            {
-                "session": state,
-                "controller": self.controller.state_dict(),
-                "ledger_index": ledger.index,
-                "ledger_head": ledger.head,
-                "metrics_lines": folder.metrics_lines,
-                "data": self.env.data.fingerprint,
-                "seconds": self.seconds,
-            },
+            vars(
+                _Saved(
+                    session=state,
+                    controller=self.controller.state_dict(),
+                    ledger_index=ledger.index,
+                    ledger_head=ledger.head,
+                    metrics_lines=folder.metrics_lines,
+                    data=self.env.data.fingerprint,
+                    seconds=self.seconds,
+                )
+            ),
             kind=CHECKPOINT_KIND,
         )
         prune_checkpoints(folder.checkpoints_path, CHECKPOINTS_KEPT)
@@ -210,24 +266,25 @@ class Runner:
 
 def _read_checkpoint(
     checkpoint: Path, env: Phase2Env, folder: RunFolder
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], _Saved]:
     """Read a run's checkpoint and see that it belongs to the environment's text."""
     tensors, state = load_checkpoint(checkpoint, kind=CHECKPOINT_KIND)
-    if state["data"] != env.data.fingerprint:
+    saved = read_dataclass(_Saved, state, str(checkpoint), whole=True)
+    if saved.data != env.data.fingerprint:
         raise CheckpointError(
             f"{folder.path} was made with other text than what is found now: "
             "give the same --data, unchanged"
         )
-    return tensors, state
+    return tensors, saved
 
 
 def open_env(folder: RunFolder, device: str, data: str | None = None) -> Phase2Env:
     """Build the environment that a run was made in; `data` says where its text is now."""
-    config = folder.config
+    arguments = RunArguments.of(folder)
     return Phase2Env(
-        config=Settings.from_dict(config["settings"]),
-        data=config["arguments"]["data"] if data is None else data,
-        start=config["arguments"]["start"],
+        config=Settings.from_dict(folder.config["settings"]),
+        data=arguments.data if data is None else data,
+        start=arguments.start,
         device=device,
     )
 
@@ -243,7 +300,7 @@ def load_run(path: Path, device: str, data: str | None = None) -> Session:
     if newest is None:
         raise CheckpointError(f"{path} has no checkpoint yet: run it first, or --resume it")
     env = open_env(folder, device, data)
-    tensors, state = _read_checkpoint(newest, env, folder)
-    env.session.rebind(folder.config["arguments"]["seed"])
-    env.session.restore(tensors, state["session"])
+    tensors, saved = _read_checkpoint(newest, env, folder)
+    env.session.rebind(RunArguments.of(folder).seed)
+    env.session.restore(tensors, saved.session)
     return env.session

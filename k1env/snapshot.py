@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from k1.arena import LaneState
 from k1.config import read_dataclass
-from k1.errors import CheckpointError
+from k1.errors import CheckpointError, ConfigError
 from k1env.autonomy import Autonomy
 from k1env.boundary import Boundary
+from k1env.guard import GuardRecord
 from k1env.instances import Instance
 from k1env.outcome import Outcome
 from k1env.settings import DEFAULT_INSTANCE
@@ -22,17 +24,30 @@ if TYPE_CHECKING:
     from k1env.env import Phase2Env
     from k1env.session import Session
 
-_PLAIN = (
-    "decision",
-    "spent",
-    "shadow_diverged",
-    "bits",
-    "bits_start",
-    "agents_start",
-    "reference_flops",
-    "stop_reason",
-    "stop_criteria",
-)
+
+@dataclass
+class _Records:
+    """What a session keeps as plain data, under its names."""
+
+    decision: int
+    spent: int
+    shadow_diverged: bool
+    bits: dict[str, float]
+    bits_start: dict[str, float]
+    agents_start: int
+    reference_flops: float
+    stop_reason: str | None
+    stop_criteria: list[str]
+    visited: list[str]
+    tries: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Refuse what no session comes to."""
+        if min(self.decision, self.spent, self.agents_start) < 0 or not self.reference_flops > 0:
+            raise ConfigError("state: a count is below zero")
+
+
+_PLAIN = tuple(field.name for field in fields(_Records))
 _OTHER = "the checkpoint is of another version of K-1 ({}): resume with that one"
 
 
@@ -48,10 +63,8 @@ def take_snapshot(session: Session) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "trees": {key: lane.tree.to_dict() for key, lane in lanes.items()},
         "boundary": session.boundary.to_dict(),
         "autonomy": session.autonomy.to_dict(),
-        **{name: getattr(session, name) for name in _PLAIN},
+        **{name: deepcopy(getattr(session, name)) for name in _PLAIN},
         "guard": session.guard.to_dict(),
-        "visited": list(session.visited),
-        "tries": [dict(entry) for entry in session.tries],
         "last": asdict(session.last) if session.last else None,
     }
     return tensors, state
@@ -70,21 +83,33 @@ def restore_snapshot(session: Session, tensors: dict[str, Tensor], state: dict[s
             topology.load_dict(tree)
             own = {n: t for n, t in tensors.items() if n.startswith(f"{key}.")}
             lanes[key] = LaneState({n.split(".", 1)[1]: t for n, t in own.items()}, topology)
-        session.arena.write_lane(session.main, lanes["main"])
-        if "shadow" in lanes:
-            session.arena.write_lane(session.shadow, lanes["shadow"])
-        best = lanes["best"].to(session.arena.device) if "best" in lanes else None
-        session.boundary = Boundary.from_dict(state["boundary"])
-        session.autonomy = Autonomy.from_dict(state["autonomy"])
-        for name in _PLAIN:
-            setattr(session, name, state[name])
-        session.visited = list(state["visited"])
-        session.tries = [dict(entry) for entry in state["tries"]]
-        session.guard.load_dict(state["guard"], best)
-        last = state["last"]
-    except (KeyError, TypeError) as error:
+            session.arena.check(lanes[key])
+        plain = {name: state[name] for name in _PLAIN}
+        records = read_dataclass(_Records, plain, "state", whole=True)
+        boundary = Boundary.from_dict(state["boundary"])
+        autonomy = Autonomy.from_dict(state["autonomy"])
+        last = None if state["last"] is None else Outcome.from_dict(state["last"])
+        guard = GuardRecord.from_dict(state["guard"])
+        known = {*_PLAIN, "trees", "boundary", "autonomy", "guard", "last"}
+        if state.keys() != known or not lanes.keys() <= {"main", "shadow", "best"}:
+            raise CheckpointError(_OTHER.format("it has parts that a session has not"))
+        needed = {"main", *(["shadow"] if records.shadow_diverged else [])}
+        for bits in (records.bits, records.bits_start):
+            if bits and bits.keys() != set(session.world.domains):
+                raise CheckpointError(_OTHER.format("it is of other domains"))
+        if not needed <= lanes.keys() or boundary.hard != session.boundary.hard:
+            raise CheckpointError(_OTHER.format("its lanes or hard limits differ"))
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_OTHER.format(error)) from None
-    session.last = Outcome.from_dict(last) if last else None
+    # Only now, so that a state that is refused changes nothing.
+    session.arena.write_lane(session.main, lanes["main"])
+    if "shadow" in lanes:
+        session.arena.write_lane(session.shadow, lanes["shadow"])
+    session.boundary, session.autonomy, session.last = boundary, autonomy, last
+    for name in _PLAIN:
+        setattr(session, name, deepcopy(getattr(records, name)))
+    best = lanes["best"].to(session.arena.device) if "best" in lanes else None
+    session.guard.load(guard, best)
 
 
 def take_vector_snapshot(

@@ -11,6 +11,7 @@ from policies.heuristic import HeuristicPolicy
 from policies.simple import CheatPolicy, NoopPolicy, RandomLegalPolicy, RandomPolicy
 
 POLICIES = ("heuristic", "random", "random-legal", "cheat", "noop", "ppo")
+ZIP = ".zip"
 __all__ = [
     "POLICIES",
     "HeuristicPolicy",
@@ -23,18 +24,18 @@ __all__ = [
 
 
 def find_policy(name: str) -> str:
-    """Return a policy's name, or the absolute path of the folder that a name means.
+    """Return a policy's name, or the absolute path of the folder or zip that a name means.
 
     Raises:
         K1Error: if it is neither.
     """
     if name in POLICIES:
         return name
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (name.endswith(ZIP) and Path(name).exists()):
         return str(Path(name).absolute())
     raise K1Error(
         f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}, or the folder of a "
-        "training by train_ppo.py"
+        "training by train_ppo.py, or a zip of Stable-Baselines3 with such a policy"
     )
 
 
@@ -43,7 +44,8 @@ def make_policy(name: str, actions: Sequence[str], *, seed: int = 0) -> Policy:
 
     Args:
         name: one of `POLICIES`, or the folder of a trained controller: that of its training (its
-            best weights then, if it has been validated) or one of the checkpoints in it.
+            best weights then, if it has been validated) or one of the checkpoints in it; or a zip
+            that Stable-Baselines3 saved of such a controller, of which the weights alone are read.
         actions: labels of the environment's actions, by index (`Phase2Env.actions`).
         seed: for policies that draw random numbers.
 
@@ -63,5 +65,9 @@ def make_policy(name: str, actions: Sequence[str], *, seed: int = 0) -> Policy:
     if name == "noop":
         return NoopPolicy()
     from policies.learned import LearnedPolicy, load_controller, load_shipped
+    from policies.sb3_zip import load_sb3_zip
 
-    return LearnedPolicy(actions, load_shipped() if name == "ppo" else load_controller(Path(name)))
+    if name == "ppo":
+        return LearnedPolicy(actions, load_shipped())
+    load = load_sb3_zip if name.endswith(ZIP) and not Path(name).is_dir() else load_controller
+    return LearnedPolicy(actions, load(Path(name)))

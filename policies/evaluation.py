@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k1.data import TextData, load_data
-from k1.durable import canonical_json
+from k1.durable import canonical_json, parse_json
 from k1.errors import K1Error
 from k1.rng import derive_seed
 from k1env.env import Phase2Env
@@ -82,7 +82,7 @@ class Records:
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line off
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line.encode()) for line in whole.splitlines()]
         except (OSError, ValueError) as error:
             raise K1Error(
                 f"{path} cannot be read as records ({error}): name another file"

@@ -23,8 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, fields
 from typing import Any
 
+from k1.config import read_dataclass
+from k1.errors import ConfigError
 from policies.base import Observation
 
 # Forbidden actions worth trying, with the score that they start with. Moves that let more blocks
@@ -223,20 +226,49 @@ class HeuristicPolicy:
         return {name: deepcopy(getattr(self, name)) for name in _MEMORY}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a memory over."""
+        """Take a memory over.
+
+        Raises:
+            ConfigError: if it is none of this controller's.
+        """
+        memory = read_dataclass(
+            _Memory, {name.removeprefix("_"): state[name] for name in _MEMORY}, "memory", whole=True
+        )
+        probed = (memory.score.keys(), memory.wait.keys(), memory.free_at.keys())
+        if not all(labels == PROBES.keys() for labels in probed):
+            raise ConfigError("memory: what is probed differs: was it written by another version?")
         for name in _MEMORY:
-            setattr(self, name, deepcopy(state[name]))
+            setattr(self, name, deepcopy(getattr(memory, name.removeprefix("_"))))
 
 
-_MEMORY = (
-    "_losses",
-    "_seen",
-    "_grown_for",
-    "_score",
-    "_wait",
-    "_free_at",
-    "_last",
-    "_tuned",
-    "_next_plateau_move",
-    "_yardsticks",
-)
+@dataclass
+class _Tuned:
+    """What was tuned last, when, and the loss before."""
+
+    label: str
+    decision: int
+    loss: float
+
+
+@dataclass
+class _Memory:
+    """What the controller remembers, under its names without the underscore."""
+
+    losses: list[float]
+    seen: int
+    grown_for: list[str]
+    score: dict[str, float]
+    wait: dict[str, int]
+    free_at: dict[str, int]
+    last: str
+    tuned: dict[str, Any] | None
+    next_plateau_move: int
+    yardsticks: int
+
+    def __post_init__(self) -> None:
+        """See that what was tuned is whole."""
+        if self.tuned is not None:
+            read_dataclass(_Tuned, self.tuned, "memory.tuned", whole=True)
+
+
+_MEMORY = tuple(f"_{field.name}" for field in fields(_Memory))

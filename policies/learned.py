@@ -40,15 +40,51 @@ class Controller:
         Raises:
             CheckpointError: if the weights are of another network.
         """
+        self.check()
         network = ControllerNetwork(layout, self.sizes)
-        try:
-            network.load_state_dict(self.weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"the controller's weights do not fit its sizes ({reason}): train it anew"
-            ) from None
+        network.load_state_dict(self.weights)
         return network
+
+    def check(self) -> None:
+        """See that the weights are those of such a network, before one of its sizes is made.
+
+        Raises:
+            CheckpointError: if not.
+        """
+        layout = Layout.of(WHOLE_ACTIONS)  # weights are the same for every layout
+        with torch.device("meta"):  # shapes without memory
+            wanted = ControllerNetwork(layout, self.sizes).state_dict()
+        check_weights(self.weights, wanted)
+
+
+def check_weights(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """See that weights are finite, and of the names, shapes and types of others.
+
+    Raises:
+        CheckpointError: if not.
+    """
+    reason = ""
+    if weights.keys() != wanted.keys():
+        names = sorted(weights.keys() ^ wanted.keys())
+        reason = f"{len(names)} names differ, such as {names[0]!r:.80}"
+    for name, tensor in weights.items() if not reason else ():
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            reason = f"{name} is {tensor.dtype} {list(tensor.shape)}"
+        elif not bool(torch.isfinite(tensor).all()):
+            reason = f"{name} is not finite"
+    if reason:
+        raise CheckpointError(
+            f"the controller's weights do not fit its sizes ({reason}): train it anew"
+        )
+
+
+@dataclass
+class _Saved:
+    """What a checkpoint of a controller holds besides weights."""
+
+    sizes: NetworkSizes
+    actions: list[str]
+    about: dict[str, Any]
 
 
 def save_controller(folder: Path, controller: Controller) -> None:
@@ -57,12 +93,8 @@ def save_controller(folder: Path, controller: Controller) -> None:
     Raises:
         CheckpointError: if the disk refuses, or the folder holds something else.
     """
-    state = {
-        "sizes": asdict(controller.sizes),
-        "actions": list(WHOLE_ACTIONS),
-        "about": controller.about,
-    }
-    save_checkpoint(folder, controller.weights, state, kind=KIND)
+    saved = _Saved(controller.sizes, list(WHOLE_ACTIONS), controller.about)
+    save_checkpoint(folder, controller.weights, asdict(saved), kind=KIND)
 
 
 def load_controller(folder: Path) -> Controller:
@@ -75,17 +107,13 @@ def load_controller(folder: Path) -> Controller:
     if inside.is_dir():
         folder = inside / (BEST if checkpoint_exists(inside / BEST) else LAST)
     weights, state = load_checkpoint(folder, kind=KIND)
-    try:
-        actions, about = state["actions"], dict(state["about"])
-        sizes = read_dataclass(NetworkSizes, state["sizes"], "sizes")
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} was written by another version ({error})") from None
-    if actions != list(WHOLE_ACTIONS):
+    saved = read_dataclass(_Saved, state, str(folder), whole=True)
+    if saved.actions != list(WHOLE_ACTIONS):
         raise CheckpointError(
             f"the controller in {folder} knows other actions than this version of K-1: "
             "train it anew"
         )
-    return Controller(sizes, weights, about)
+    return Controller(saved.sizes, weights, saved.about)
 
 
 def load_shipped() -> Controller:

@@ -34,6 +34,11 @@ _ALIVE, _SEEN = AGENT_FIELDS.index("alive"), DOMAIN_FIELDS.index("seen")
 _WHOLE_FIELDS = len(SYSTEM_FIELDS) + 2 * len(HYPER_FIELDS) + len(BOUNDARY_FIELDS)
 
 
+MOST_WIDTH = 2**16
+"""Of a layer; torch cannot count the weights of much wider ones."""
+MOST_BIAS = 1e6
+
+
 @dataclass(frozen=True)
 class NetworkSizes:
     """Widths of the network, and what it prefers before it has learned anything."""
@@ -51,9 +56,12 @@ class NetworkSizes:
     """Logit that each `add` and `delete` starts with, for there are as many as slots."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no width."""
+        """Refuse what is no width, and what is no logit."""
+        for name in ("noop_bias", "slot_bias"):
+            if not abs(getattr(self, name)) <= MOST_BIAS:
+                raise ConfigError(f"network.{name} = {getattr(self, name)} is not possible")
         for name in ("slot", "domain", "whole"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= MOST_WIDTH:
                 raise ConfigError(f"network.{name} = {getattr(self, name)} is not possible")
 
 

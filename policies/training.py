@@ -118,6 +118,20 @@ class Plan:
         return read_dataclass(Plan, data, "plan")
 
 
+@dataclass
+class _Saved:
+    """What the state to go on from holds besides tensors."""
+
+    training: dict[str, Any]
+    update: int
+    best: float | None
+    recent: list[float]
+    metrics_lines: int
+    data: str
+    """Fingerprint of the text."""
+    seconds: float
+
+
 class Display(Protocol):
     """What shows a training to people."""
 
@@ -314,16 +328,17 @@ class Training:
         """Save the newest weights, and the state to go on from."""
         tensors, state = take_state(self.model, self.env)
         self.folder.sync_metrics()
-        more = {
-            "update": self.update,
-            "best": self.best,
-            "recent": self.recent,
-            "metrics_lines": self.folder.metrics_lines,
-            "data": self.data,
-            "seconds": self.seconds,
-        }
+        saved = _Saved(
+            training=state,
+            update=self.update,
+            best=self.best,
+            recent=self.recent,
+            metrics_lines=self.folder.metrics_lines,
+            data=self.data,
+            seconds=self.seconds,
+        )
         place = self.folder.checkpoints_path / RESUME
-        save_checkpoint(place, tensors, {"training": state, **more}, kind=KIND)
+        save_checkpoint(place, tensors, vars(saved), kind=KIND)
         # After the state, so that where there are newest weights there is a state too.
         save_controller(self.folder.checkpoints_path / LAST, self._about(None))
 
@@ -338,15 +353,16 @@ class Training:
 
     def _continue(self, place: Path) -> None:
         tensors, state = load_checkpoint(place, kind=KIND)
-        if state["data"] != self.data:
+        saved = read_dataclass(_Saved, state, str(place), whole=True)
+        if saved.data != self.data:
             raise K1Error(
                 f"{self.folder.path} was made with other text than what is found now: "
                 "give the same text, unchanged"
             )
-        restore_state(self.model, self.env, tensors, state["training"])
-        self.folder.truncate_metrics(state["metrics_lines"])
-        self.update, self.best = state["update"], state["best"]
-        self.recent, self.seconds_before = list(state["recent"]), state["seconds"]
+        restore_state(self.model, self.env, tensors, saved.training)
+        self.folder.truncate_metrics(saved.metrics_lines)
+        self.update, self.best = saved.update, saved.best
+        self.recent, self.seconds_before = saved.recent, saved.seconds
 
 
 def _worlds(plan: Plan) -> tuple[TextData | None, Choice, tuple[Any, ...]]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from k1.config import read_dataclass
 from k1.errors import CheckpointError
+from policies.learned import check_weights
 from policies.ppo import TrainingEnv
 
 KIND = "controller training"
 """Kind of the checkpoint that a training is resumed from."""
+_NUMPY_KEYS = 624
+
+
+@dataclass
+class _Counts:
+    timesteps: int
+    updates: int
 
 
 def take_state(model: Any, env: TrainingEnv) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,20 +64,33 @@ def restore_state(
         CheckpointError: if it is of another training or another version.
     """
     try:
+        network = model.policy.network
+        check_weights(_under("network.", tensors), network.state_dict())
         env.vec_env.restore(_under("environment.", tensors), state["environments"])
         env.load_state_dict(state["rewards"])
-        model.policy.network.load_state_dict(_under("network.", tensors))
+        network.load_state_dict(_under("network.", tensors))
         _load_moments(model.policy.optimizer, _under("optimizer.", tensors))
         torch.set_rng_state(tensors["random.torch"])
         if model.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
         keys = tensors["random.numpy"].numpy().astype(np.uint32)
         numpy_state = state["numpy"]
+        if (
+            numpy_state["state"].keys() != {"pos"}
+            or not 0 <= numpy_state["state"]["pos"] <= _NUMPY_KEYS
+        ):
+            raise ValueError("NumPy's generator is at no place of its keys")  # it does not look
         np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": keys}})
-        model.num_timesteps, model._n_updates = state["timesteps"], state["updates"]
+        counts = read_dataclass(
+            _Counts, {name: state[name] for name in ("timesteps", "updates")}, "training"
+        )
+        model.num_timesteps, model._n_updates = counts.timesteps, counts.updates
         model._last_obs = env.vec_env.observations()
-        model._last_episode_starts = tensors["episode_starts"].numpy()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        starts = tensors["episode_starts"]
+        if starts.shape != (env.num_envs,) or starts.dtype not in (torch.bool, torch.float32):
+            raise ValueError("episode_starts are of other environments")
+        model._last_episode_starts = starts.numpy()
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"the state is of another training or another version of K-1 ({reason}): "
@@ -84,5 +107,17 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) 
     for place, tensor in tensors.items():
         number, _, name = place.partition(".")
         moments.setdefault(int(number), {})[name] = tensor
+    (group,) = optimizer.param_groups
+    for index, parts in moments.items():
+        weight = group["params"][index]
+        _check_moment(parts["exp_avg"], weight, least=-torch.inf)
+        _check_moment(parts["exp_avg_sq"], weight, least=0.0)
+        _check_moment(parts["step"], torch.ones(()), least=0.0)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _check_moment(moment: Tensor, wanted: Tensor, least: float) -> None:
+    fits = moment.shape == wanted.shape and moment.dtype == torch.float32
+    if not fits or not bool((torch.isfinite(moment) & (moment >= least)).all()):
+        raise ValueError("the optimizer's moments are not possible")

@@ -34,8 +34,8 @@ def main(arguments: Arguments) -> int:
     folder = RunFolder.open(arguments.run)
     entries = read_ledger(folder.ledger_path)
     if folder.finished:
-        head = folder.summary["ledger_head"]
-        if entries[-1].hash != head:
+        head = folder.summary.get("ledger_head")
+        if not entries or entries[-1].hash != head:
             raise LedgerError(f"{folder.ledger_path} does not end as summary.json says: it was cut")
     print(f"chain: {len(entries)} entries, every hash fits")
     if arguments.verify_only:
@@ -44,12 +44,12 @@ def main(arguments: Arguments) -> int:
     from k1.cli import prepare_torch
     from k1.trainer import pick_device
     from k1env.replay import replay
-    from k1env.runner import open_env
+    from k1env.runner import RunArguments, open_env
 
-    device = pick_device(folder.config["device"]).type
+    device = pick_device(str(folder.config.get("device"))).type
     prepare_torch(device)
     session = open_env(folder, device).session
-    session.rebind(folder.config["arguments"]["seed"])
+    session.rebind(RunArguments.of(folder).seed)
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,8 @@ class Arguments:
 
     policy: Annotated[str | None, optional("NAME")] = None
     """Controller: heuristic (default), random, random-legal, cheat, noop, ppo (the trained one that
-    comes with K-1), or the folder of a training by train_ppo.py."""
+    comes with K-1), the folder of a training by train_ppo.py, or a zip of Stable-Baselines3 that
+    holds such a policy (weights alone are read)."""
     data: Annotated[str | None, optional("SOURCE")] = None
     """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
     preset: Annotated[str | None, optional("NAME")] = None
@@ -82,7 +83,9 @@ def main(arguments: Arguments) -> int:
     limit = arguments.max_minutes
     if limit is not None and not 0 < limit < math.inf:
         raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
-    device = pick_device(settings["device"] if folder is None else folder.config["device"]).type
+    device = pick_device(
+        settings["device"] if folder is None else str(folder.config.get("device"))
+    ).type
     prepare_torch(device)
     env = Phase2Env(
         settings["preset"],
@@ -147,7 +150,7 @@ def _can_go_on(path: Path) -> bool:
         folder = RunFolder.open(path)
     except K1Error:
         return False  # not a run folder: another one is looked for
-    return not folder.finished or folder.summary["stop_reason"] == TIME_SPENT
+    return not folder.finished or folder.summary.get("stop_reason") == TIME_SPENT
 
 
 def _settings(given: dict[str, Any], folder: Any) -> dict[str, Any]:
@@ -156,7 +159,9 @@ def _settings(given: dict[str, Any], folder: Any) -> dict[str, Any]:
 
     if folder is None:
         return {name: DEFAULTS[name] if v is None else v for name, v in given.items()}
-    stored: dict[str, Any] = folder.config["arguments"]
+    from k1env.runner import RunArguments
+
+    stored = asdict(RunArguments.of(folder))
     for name, value in given.items():
         if value is not None and value != stored[name]:
             raise K1Error(

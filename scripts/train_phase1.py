@@ -134,11 +134,11 @@ def _go_on(folder: RunFolder, start: _Start) -> Trainer:
     Raises:
         K1Error: if the run was made with other options.
     """
-    from k1.checkpoint import latest_checkpoint
+    from k1.checkpoint import newest_intact_checkpoint
     from k1.errors import K1Error
     from k1.trainer import Trainer
 
-    newest = latest_checkpoint(folder.checkpoints_path)
+    newest = newest_intact_checkpoint(folder.checkpoints_path)
     if newest is None:  # it was killed before the first one
         folder.truncate_metrics(0)
         return start.fresh()

@@ -83,7 +83,7 @@ def main(arguments: Arguments) -> int:
         plan = Plan.from_dict(folder.config["plan"])
         if arguments.steps is not None:
             plan = replace(plan, steps=arguments.steps)
-        tensorboard = folder.config["tensorboard"]
+        tensorboard = folder.config["tensorboard"] is True
     else:
         plan, tensorboard = _plan(arguments), arguments.tensorboard
     prepare_torch(plan.device)

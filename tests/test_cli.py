@@ -131,8 +131,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "open" / "summary.json").unlink()
     for name in ("bad checkpoint", "bad ledger"):
         shutil.copytree(here / "open", here / name)
-    newest = sorted((here / "bad checkpoint" / "checkpoints").iterdir())[-1]
-    flip(newest / "tensors.safetensors")
+    for damaged in (here / "bad checkpoint" / "checkpoints").iterdir():
+        flip(damaged / "tensors.safetensors")
     flip(here / "bad ledger" / "ledger.jsonl")
     torch.set_num_threads(1)
     Trainer(quick().system, load_data(text), seed=0).save(here / "start")

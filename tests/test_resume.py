@@ -321,8 +321,8 @@ def forge(whole: Path, path: Path, change: Callable[[str, dict[str, Any]], None]
     for entry in entries:
         change(entry.kind, entry.data)
         ledger.append(entry.kind, **entry.data)
-    summary = summary_of(path) | {"ledger_head": ledger.head}
-    (path / "summary.json").write_text(json.dumps(summary))
+    folder = RunFolder.open(path)
+    folder.write_summary(folder.summary | {"ledger_head": ledger.head})
     return path
 
 

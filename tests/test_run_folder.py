@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from k1.errors import K1Error
 from k1env.run_folder import RunFolder
 from tests.helpers import refusal
 
@@ -124,7 +125,7 @@ def test_a_diverged_loss_is_null_and_not_the_end_of_the_run(folder: RunFolder) -
     folder.append_metrics({"loss": math.nan, "losses": [math.inf, 1.0], "by": {"x": -math.inf}})
     assert lines_of(folder) == [{"loss": None, "losses": [None, 1.0], "by": {"x": None}}]
     folder.write_summary({"bits_per_byte_end": {"prose": np.float64("nan"), "code": 1.5}})
-    summary = json.loads(folder.summary_path.read_text())
+    summary = folder.summary
     assert summary == {"bits_per_byte_end": {"prose": None, "code": 1.5}}
 
 
@@ -176,12 +177,13 @@ def test_the_summary_is_whole_or_absent(folder: RunFolder, monkeypatch: pytest.M
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".")]
     folder.write_summary({"n": 2})
     assert RunFolder.open(folder.path).finished
-    assert json.loads(folder.summary_path.read_text()) == {"n": 2}
+    assert RunFolder.open(folder.path).summary == {"n": 2}
 
 
 HOLD_THE_LOCK = """
 import sys
 from pathlib import Path
+from k1.errors import K1Error
 from k1env.run_folder import RunFolder
 with RunFolder.open(Path(sys.argv[1])).lock():
     print("locked", flush=True)
@@ -214,3 +216,72 @@ def test_the_lock_ends_with_its_block(folder: RunFolder) -> None:
         raise KeyError
     with folder.lock():
         pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.lock", "ledger.jsonl", "summary.json"])
+def test_nothing_outside_is_written_through_a_link(
+    folder: RunFolder, tmp_path: Path, name: str
+) -> None:
+    """Cutting off, locking and replacing would otherwise happen to the user's own file."""
+    outside = tmp_path / "thesis.txt"
+    outside.write_text("years of work")
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).symlink_to(outside)
+    assert "is a link" in refusal(lambda: RunFolder.open(folder.path))
+    assert "is a link" in refusal(lambda: folder.lock().__enter__())
+    assert "is a link" in refusal(lambda: RunFolder.create(folder.path, CONFIG, COMMAND))
+    assert outside.read_text() == "years of work"
+
+
+def test_checkpoints_of_another_run_are_not_deleted_through_a_link(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    other = RunFolder.create(tmp_path / "other", CONFIG, COMMAND)
+    folder.checkpoints_path.rmdir()
+    folder.checkpoints_path.symlink_to(other.checkpoints_path)
+    assert "is a link" in refusal(lambda: folder.lock().__enter__())
+    folder.checkpoints_path.unlink()
+    folder.checkpoints_path.mkdir()
+    (folder.checkpoints_path / "step-00000001").symlink_to(other.path)
+    assert "is a link" in refusal(lambda: RunFolder.open(folder.path))
+
+
+def test_the_folder_itself_may_be_reached_by_a_link(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder.path)
+    with RunFolder.open(tmp_path / "link").lock():
+        pass
+
+
+def test_a_pipe_holds_nothing_up(folder: RunFolder) -> None:
+    (folder.path / "config.json").unlink()
+    os.mkfifo(folder.path / "config.json")
+    assert "no ordinary file" in refusal(lambda: RunFolder.open(folder.path))
+
+
+def test_what_was_changed_in_settings_or_results_is_seen(folder: RunFolder) -> None:
+    folder.write_summary({"gain": 0.1, "seconds": 3.0})
+    for file in (folder.path / "config.json", folder.summary_path):
+        text = file.read_text()
+        for old, new in (
+            ("0.1", "0.2"),
+            (
+                '"',
+                '"x": 1, "',
+            ),
+            ("\n", " \n"),
+            ("0.1", "1e999"),
+        ):
+            file.write_text(text.replace(old, new, 1))
+            with pytest.raises(K1Error, match=r"is damaged|cannot read"):
+                RunFolder.open(folder.path).summary  # noqa: B018
+        file.write_text(text)
+    folder.summary_path.write_text(folder.summary_path.read_text().replace("3.0", "4.0"))
+    assert folder.summary == {"gain": 0.1, "seconds": 4.0}, "times are no part of what is sealed"
+
+
+def test_a_folder_from_before_there_were_digests_is_read(folder: RunFolder) -> None:
+    file = folder.path / "config.json"
+    record = json.loads(file.read_text())
+    del record["digest"]
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    assert RunFolder.open(folder.path).config == CONFIG
