@@ -135,7 +135,8 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self.device, self._start, self._instance = setup.device, setup.start, setup.instance
         self.render_mode, self._ledger = render_mode, ledger
         self._trained: Trained = {}
-        self._most_trained, self._seeds = _MOST_TRAINED, 1 << 31
+        self._most_trained = _MOST_TRAINED
+        self._starts: int | None = None
         self._before: tuple[Any, Any] | None = None
         self._can_undo = seat is None
         self.session = self._new_session(0, seat)
@@ -155,13 +156,13 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         return env
 
     def share_starts(self, trained: Trained, starts: int) -> None:
-        """Draw the seeds of episodes from so many, and run Phase 1 once for each.
+        """Give episodes one of so many seeds, and run Phase 1 once for each.
 
         Args:
             trained: where environments that share it keep their systems as Phase 1 left them.
-            starts: how many seeds there are: 0, 1, ...
+            starts: how many seeds there are: 0, 1, ...; others stand for these in turn.
         """
-        self._trained, self._most_trained, self._seeds = trained, starts, starts
+        self._trained, self._most_trained, self._starts = trained, starts, starts
         self.session.keeps_trained = True
 
     def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
@@ -205,7 +206,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     ) -> Task[tuple[Observation, dict[str, Any]]]:
         """Do what `reset` does, as a task."""
         super().reset(seed=seed)
-        drawn = seed if seed is not None else int(self.np_random.integers(self._seeds))
+        drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
+        if self._starts is not None:
+            drawn %= self._starts
         self.session.rebind(drawn, (options or {}).get("instance"))
         start = (drawn, self.session.world.instance)
         self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
@@ -269,6 +272,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             "stage": session.boundary.stage,
             "evidence": float(session.boundary.evidence),
             "decision": session.decision,
+            "intervals": session.spent / session.settings.interval,
             "bits_per_byte": dict(session.bits),
             "seen": list(session.seen),
             "hyper": session.arena.get_hyper(session.main),

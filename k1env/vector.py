@@ -68,7 +68,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     `spare_lanes` is how many lanes trials share; a trial that finds no room waits. `wide` lets many
     lanes go through the engine as one batch (`k1env.wide`), as is the default on a GPU; it pads
     all trees to the widest, and equals a single environment to rounding, not to the last bit.
-    With `starts`, episodes draw their seeds from so many (0, 1, ...) in place of all there are, and
+    With `starts`, there are only so many seeds (0, 1, ..., for which others stand in turn), and
     Phase 1 is run once for each, before the first of them: it takes longer than many steps of all
     environments, and they would wait for each that begins anew.
 

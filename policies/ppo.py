@@ -22,6 +22,7 @@ from k1env.actions import Action
 from k1env.sb3 import SB3VecEnv
 from policies.network import ControllerNetwork, Layout, NetworkSizes
 from policies.ppo_settings import PPOSettings
+from policies.reference import Reference
 
 ALGORITHMS = {"maskable": MaskablePPO, "plain": PPO}
 Arrays = dict[str, np.ndarray]
@@ -94,7 +95,8 @@ class PlainPolicy(_WithNetwork, ActorCriticPolicy):
 class TrainingEnv(VecEnvWrapper):
     """The vector environment as PPO is to see it, with a record of what happens in it.
 
-    Rewards are divided by the running standard deviation of the discounted return. The end of the
+    Rewards are those of the environment, or less what a reference says that training on alone had.
+    They are divided by the running standard deviation of the discounted return. The end of the
     budget counts as an end: the observation tells what is left of it, nothing can be had after it,
     and a value that were put in its place would stem from states that are never learned from.
     """
@@ -107,7 +109,11 @@ class TrainingEnv(VecEnvWrapper):
         self.scale = RunningScale(venv.num_envs)
         self._return = np.zeros(venv.num_envs)
         self._length = np.zeros(venv.num_envs, dtype=np.int64)
+        self._gain = np.zeros(venv.num_envs)
         self._chosen: Any = None
+        self._begun: list[tuple[int, float]] = []
+        self.reference: Reference | None = None
+        """What rewards are compared with, if they are."""
         self.episodes: list[Episode] = []
         """Those that have ended; whoever reads them clears the list."""
         self.counts: Counter[str] = Counter()
@@ -115,13 +121,15 @@ class TrainingEnv(VecEnvWrapper):
 
     def reset(self) -> Arrays:
         """Start episodes."""
-        self._return[:], self._length[:] = 0.0, 0
+        self._return[:], self._length[:], self._gain[:] = 0.0, 0, 0.0
         self.scale.discounted[:] = 0.0
         return cast(Arrays, self.venv.reset())
 
     def step_async(self, actions: np.ndarray) -> None:
         """Take the actions."""
         self._chosen = actions
+        sessions = [env.session for env in self.vec_env.envs]
+        self._begun = [(s.seed, s.spent / s.settings.interval) for s in sessions]
         self.venv.step_async(actions)
 
     def step_wait(self) -> tuple[Arrays, np.ndarray, np.ndarray, list[dict[str, Any]]]:
@@ -129,18 +137,37 @@ class TrainingEnv(VecEnvWrapper):
         observations, rewards, ends, infos = self.venv.step_wait()
         self._return += rewards
         self._length += 1
+        if self.reference is not None:
+            rewards = rewards - self._expected(self.reference, ends, infos)
+            self._gain += rewards
         for number, info in enumerate(infos):
             self._count(int(self._chosen[number]), info)
             info["TimeLimit.truncated"] = False
             if ends[number]:
                 total, length = float(self._return[number]), int(self._length[number])
-                self.episodes.append(Episode(total, length, info["stage"]))
-        self._return[ends], self._length[ends] = 0.0, 0
+                gain = None if self.reference is None else float(self._gain[number])
+                self.episodes.append(Episode(total, length, info["stage"], gain))
+        self._return[ends], self._length[ends], self._gain[ends] = 0.0, 0, 0.0
         if self.settings.normalise:
             divisor = self.scale.update(rewards, ends, self.settings.gamma)
             limit = self.settings.reward_limit
             rewards = np.clip(rewards / divisor, -limit, limit).astype(np.float32)
         return cast(Arrays, observations), rewards, ends, infos
+
+    def _expected(
+        self, reference: Reference, ends: np.ndarray, infos: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """What training on alone would have earned for the compute of this step.
+
+        An episode that ends before its budget is spent forgoes what was left.
+        """
+        found = []
+        for (seed, begun), ended, info in zip(self._begun, ends, infos, strict=True):
+            if ended:
+                found.append(reference.rest(seed, begun))
+            else:
+                found.append(reference.between(seed, begun, info["intervals"]))
+        return np.array(found)
 
     def _count(self, action: int, info: dict[str, Any]) -> None:
         self.counts["decisions"] += 1
@@ -155,12 +182,18 @@ class TrainingEnv(VecEnvWrapper):
             "scale": self.scale.state_dict(),
             "return": self._return.tolist(),
             "length": self._length.tolist(),
+            "gain": self._gain.tolist(),
+            "reference": None if self.reference is None else self.reference.curves,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over."""
         self.scale.load_state_dict(state["scale"])
         self._return[:], self._length[:] = state["return"], state["length"]
+        self._gain[:] = state["gain"]
+        curves = state["reference"]
+        if curves is not None:  # JSON has no numbers for keys
+            self.reference = Reference({int(seed): list(c) for seed, c in curves.items()})
 
 
 @dataclass(frozen=True)
@@ -173,6 +206,8 @@ class Episode:
     """Decisions."""
     stage: int
     """Stage that it ended in."""
+    gain: float | None = None
+    """Its return less that of training on alone from the same start, if they are compared."""
 
 
 class RunningScale:

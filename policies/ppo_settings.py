@@ -34,6 +34,9 @@ class PPOSettings:
     """Norm that gradients are clipped to."""
     target_kl: float = 0.03
     """An update ends at 1.5 times this KL divergence from the policy that collected."""
+    paired: bool = False
+    """Learn from rewards less those that the no-op would have had from the same start for the same
+    compute (`policies/reference.py`); takes a number of starts."""
     normalise: bool = True
     """Divide rewards by the running standard deviation of the discounted return."""
     reward_limit: float = 10.0

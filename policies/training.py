@@ -33,6 +33,7 @@ from policies.learned import BEST, LAST, Controller, NetworkPolicy, save_control
 from policies.network import NetworkSizes
 from policies.ppo import TrainingEnv, make_model
 from policies.ppo_settings import PPOSettings
+from policies.reference import train_on_alone
 from policies.training_state import KIND, restore_state, take_state
 from policies.validation import Validation, validate
 
@@ -101,6 +102,8 @@ class Plan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise K1Error(f"{name} = {getattr(self, name)} is not possible: 1 or more")
+        if self.ppo.paired and self.starts is None:
+            raise K1Error("paired rewards need a number of starts: give --starts, such as 256")
         if not 0 <= self.seed <= MOST_SEED:
             raise K1Error(f"seed = {self.seed} is not possible: 0 to {MOST_SEED}")
 
@@ -215,6 +218,9 @@ class Training:
             else:
                 self._refuse_to_start_over()
                 self.folder.truncate_metrics(0)
+                if self.plan.ppo.paired:
+                    starts = range(self.plan.starts or 0)
+                    self.env.reference = train_on_alone(self.env.vec_env, starts)
             callback = _Progress(self.display.advance, self.plan.num_envs)
             _, callback = self.model._setup_learn(self.plan.steps, callback, False)
             self.display.begin(self.model.num_timesteps, self.plan.steps)
@@ -280,6 +286,7 @@ class Training:
             "recent_return": _mean(self.recent),
             "length": _mean([float(episode.length) for episode in episodes]),
             "stage": _mean([float(episode.stage) for episode in episodes]),
+            "gain": _mean([episode.gain for episode in episodes if episode.gain is not None]),
             **_shares(counts),
             "reward_scale": self.env.scale.deviation,
             **figures,

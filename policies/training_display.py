@@ -62,6 +62,7 @@ def update_line(row: dict[str, Any], plan: Plan, seconds: float) -> str:
     parts = [
         f"update {row['update']:05d} | decisions {row['steps']:,}/{plan.steps:,} ({share:.1%})",
         f"return {_number(row['recent_return'], '.2f')} ({row['episodes']} episodes ended)",
+        f"gain {_number(row['gain'], '+.2f')}",
         f"no-op {row['noop']:.0%}, tried {row['tried']:.0%}, credited {row['credited']:.0%}",
         f"entropy {-row['entropy_loss']:.3f}",
         f"kl {row['approx_kl']:.4f}",

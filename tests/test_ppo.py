@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from k1env.sb3 import SB3VecEnv
 from policies.network import NetworkSizes
 from policies.ppo import ALGORITHMS, MaskedPolicy, RunningScale, TrainingEnv, make_model
 from policies.ppo_settings import PPOSettings
+from policies.reference import Reference, train_on_alone
 from tests.phase2_helpers import quick
 
 SIZES = NetworkSizes(slot=8, domain=4, whole=16)
@@ -164,3 +166,45 @@ def test_it_learns_to_pick_a_slot_by_what_the_slot_holds() -> None:
     assert share_right() < 0.5
     model.learn(15_000)
     assert share_right() > 0.9
+
+
+def test_training_on_alone_gains_nothing_and_all_else_its_difference(data: TextData) -> None:
+    """Paired rewards add up to the return less the no-op's, whatever is tried on the way."""
+    config = quick(phase1_steps=3, max_decisions=6, budget=30)
+    venv = SB3VecEnv(num_envs=2, config=config, data=data, device="cpu", starts=3)
+    env = TrainingEnv(venv, replace(SETTINGS, normalise=False), TABLE)
+    env.reference = train_on_alone(env.vec_env, range(3))
+    assert sorted(env.reference.curves) == [0, 1, 2]
+    env.seed(4)  # seeds 4 and 5 stand for 1 and 2
+    env.reset()
+    while not env.episodes:
+        rewards = env.step(np.zeros(2, dtype=np.int64))[1]
+        assert np.abs(rewards).max() < 1e-5, "the same bits on a CPU, but for sums of them"
+    assert all(abs(episode.gain) < 1e-4 for episode in env.episodes)
+
+    env.episodes.clear()
+    actions = [LABELS.index(name) for name in ("tune lr x2", "add under slot 0", "no-op")]
+    for turn in range(12):
+        env.step(np.full(2, actions[turn % 3]))
+    assert env.episodes
+    returns = {seed: curve[-1] for seed, curve in env.reference.curves.items()}
+    for episode in env.episodes:
+        assert episode.gain is not None
+        assert any(abs(episode.total - r - episode.gain) < 1e-3 for r in returns.values())
+
+
+def test_what_is_forgone_by_ending_early_counts() -> None:
+    reference = Reference({7: [0.0, 4.0, 6.0, 7.0]})
+    assert reference.between(7, 0, 1) == 4.0
+    assert reference.between(7, 0.5, 1.5) == 3.0
+    assert reference.rest(7, 1) == 3.0
+    assert reference.between(7, 3, 9) == 0.0 and reference.rest(7, 5) == 0.0
+
+
+def test_a_reference_survives_a_save(data: TextData) -> None:
+    env = training_env(data)
+    env.reference = Reference({3: [0.0, 1.5], 0: [0.0, -2.0]})
+    kept = json.loads(json.dumps(env.state_dict()))
+    other = training_env(data)
+    other.load_state_dict(kept)
+    assert other.reference == env.reference
