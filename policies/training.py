@@ -91,6 +91,9 @@ class Plan:
     """Whether many lanes go through the engine as one batch."""
     starts: int | None = None
     """Seeds that episodes draw theirs from; Phase 1 is run once for each. None: all there are."""
+    keep_environments: bool = True
+    """Whether the state to go on from holds the episodes under way, a copy of every environment.
+    Without, a training that is resumed begins new ones, and takes another course."""
     eval_every: int = 10
     """Updates between validations."""
     eval_worlds: int = 16
@@ -193,7 +196,7 @@ class Training:
         *,
         resume: bool,
         max_minutes: float | None = None,
-        save_minutes: float | None = 5.0,
+        save_minutes: float = 5.0,
     ) -> dict[str, Any]:
         """Train to the last step, or for so long; returns the summary, which is written too.
 
@@ -201,7 +204,7 @@ class Training:
             folder: where everything about it is kept.
             resume: go on from the folder's state; where nothing was trained yet, begin.
             max_minutes: pause before the update that would take longer than this.
-            save_minutes: how often the state is saved, between updates; None for never.
+            save_minutes: how often the state is saved, between updates.
 
         Raises:
             K1Error: if the folder is in use or damaged, or has lost its state.
@@ -226,8 +229,7 @@ class Training:
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
-                if save_minutes is not None:
-                    self._save()  # from here on there always is a state to go on from
+                self._save()  # from here on there always is a state to go on from
             longest, saved = 0.0, time.monotonic()
             limit = math.inf if max_minutes is None else 60 * max_minutes
             reason = ALL_STEPS
@@ -238,13 +240,10 @@ class Training:
                     break
                 self._learn(callback)
                 longest = max(longest, time.monotonic() - before)
-                if save_minutes is not None and time.monotonic() - saved >= 60 * save_minutes:
+                if time.monotonic() - saved >= 60 * save_minutes:
                     self._save()
                     saved = time.monotonic()
-            if save_minutes is not None:
-                self._save()
-            else:
-                save_controller(self.folder.checkpoints_path / LAST, self._about(None))
+            self._save()
             summary = self.summary(reason)
             self.folder.write_summary(summary)
             return summary
@@ -333,7 +332,7 @@ class Training:
 
     def _save(self) -> None:
         """Save the newest weights, and the state to go on from."""
-        tensors, state = take_state(self.model, self.env)
+        tensors, state = take_state(self.model, self.env, self.plan.keep_environments)
         self.folder.sync_metrics()
         saved = _Saved(
             training=state,

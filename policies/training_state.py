@@ -25,15 +25,22 @@ class _Counts:
     updates: int
 
 
-def take_state(model: Any, env: TrainingEnv) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def take_state(
+    model: Any, env: TrainingEnv, environments: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and plain JSON data of a training between two updates.
 
     Args:
         model: the algorithm of Stable-Baselines3.
         env: its environment.
+        environments: whether the episodes under way are part of it.
     """
-    tensors, environments = env.vec_env.snapshot()
-    tensors = {f"environment.{name}": tensor for name, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    episodes: dict[str, Any] | None = None
+    if environments:
+        kept, episodes = env.vec_env.snapshot()
+        tensors = {f"environment.{name}": tensor for name, tensor in kept.items()}
+        tensors["episode_starts"] = torch.from_numpy(np.asarray(model._last_episode_starts))
     for name, tensor in model.policy.network.state_dict().items():
         tensors[f"network.{name}"] = tensor
     for number, moments in model.policy.optimizer.state_dict()["state"].items():
@@ -45,9 +52,8 @@ def take_state(model: Any, env: TrainingEnv) -> tuple[dict[str, Tensor], dict[st
     numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     keys = numpy_state["state"]["key"]
     tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
-    tensors["episode_starts"] = torch.from_numpy(np.asarray(model._last_episode_starts))
     return tensors, {
-        "environments": environments,
+        "environments": episodes,
         "rewards": env.state_dict(),
         "numpy": {**numpy_state, "state": {"pos": int(numpy_state["state"]["pos"])}},
         "timesteps": model.num_timesteps,
@@ -66,8 +72,14 @@ def restore_state(
     try:
         network = model.policy.network
         check_weights(_under("network.", tensors), network.state_dict())
-        env.vec_env.restore(_under("environment.", tensors), state["environments"])
         env.load_state_dict(state["rewards"])
+        if state["environments"] is None:
+            env.seed(model.seed + state["timesteps"])  # not the episodes that it began with
+            observations, starts = env.reset(), torch.ones(env.num_envs, dtype=torch.bool)
+        else:
+            env.vec_env.restore(_under("environment.", tensors), state["environments"])
+            observations = env.vec_env.observations()
+            starts = tensors["episode_starts"]
         network.load_state_dict(_under("network.", tensors))
         _load_moments(model.policy.optimizer, _under("optimizer.", tensors))
         torch.set_rng_state(tensors["random.torch"])
@@ -85,8 +97,7 @@ def restore_state(
             _Counts, {name: state[name] for name in ("timesteps", "updates")}, "training"
         )
         model.num_timesteps, model._n_updates = counts.timesteps, counts.updates
-        model._last_obs = env.vec_env.observations()
-        starts = tensors["episode_starts"]
+        model._last_obs = observations
         if starts.shape != (env.num_envs,) or starts.dtype not in (torch.bool, torch.float32):
             raise ValueError("episode_starts are of other environments")
         model._last_episode_starts = starts.numpy()

@@ -56,9 +56,11 @@ class Arguments:
     max_minutes: Annotated[float | None, optional("M")] = None
     """Pause before the update that would go beyond this many minutes; it bounds no validation:
     that before the first update is always made, and one that an update ends in is made whole."""
-    save_minutes: Annotated[float | None, optional("M")] = 5.0
-    """Minutes between states to resume from; they hold all environments. None: weights are saved,
-    but no state to resume from."""
+    save_minutes: float = 5.0
+    """Minutes between states to resume from."""
+    keep_environments: bool = True
+    """These states hold every environment, so that a resumed training takes the course that it
+    would have taken; without, it begins new episodes."""
     tensorboard: bool = False
     """Log for TensorBoard too (needs the extra: pip install -e ".[tb]")."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -109,8 +111,7 @@ def main(arguments: Arguments) -> int:
         return INTERRUPTED
     print(f"{summary['stop_reason']}: {summary['updates']} updates, {summary['steps']:,} decisions")
     paused = summary["stop_reason"] == TIME_SPENT
-    if arguments.save_minutes is not None:
-        print(f"go on: {unchanged if paused else f'{again} --steps N'}")
+    print(f"go on: {unchanged if paused else f'{again} --steps N'}")
     print(f"use it: python scripts/run_phase2.py --policy {folder.path}")
     return 0
 
@@ -144,6 +145,7 @@ def _plan(arguments: Arguments) -> Plan:
         device=device,
         wide=device != "cpu" if arguments.wide is None else arguments.wide,
         starts=arguments.starts,
+        keep_environments=arguments.keep_environments,
         eval_every=arguments.eval_every,
         eval_worlds=arguments.eval_worlds,
     )

@@ -167,6 +167,19 @@ def test_it_pauses_and_goes_on_further_than_was_planned(text: Path, tmp_path: Pa
     assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
 
 
+def test_a_state_without_environments_goes_on_with_new_episodes(text: Path, tmp_path: Path) -> None:
+    chosen = plan(text, keep_environments=False)
+    Started(tmp_path / "run", chosen).run(resume=False, max_minutes=0)
+    resume = tmp_path / "run" / "checkpoints" / "resume"
+    for steps in (6, 12):
+        Started(tmp_path / "run", replace(chosen, steps=steps)).run(resume=True)
+        tensors, state = load_checkpoint(resume, kind="controller training")
+        assert not any(name.startswith("environment.") for name in tensors)
+        assert state["training"]["environments"] is None
+        assert state["training"]["timesteps"] == steps
+    assert [row["steps"] for row in rows_of(tmp_path / "run")] == [0, 6, 12]
+
+
 def test_a_training_that_lost_its_state_does_not_start_over(text: Path, tmp_path: Path) -> None:
     chosen = plan(text, steps=6)
     path = tmp_path / "run"
