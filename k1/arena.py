@@ -17,7 +17,7 @@ from torch import Tensor
 from k1.attribution import NEVER, Leaves, index_leaves
 from k1.block import block_layout, initial_rows, shared_layout
 from k1.config import Config
-from k1.errors import CheckpointError
+from k1.errors import CheckpointError, ConfigError
 from k1.forward import Forest, RouterState, Weights
 from k1.rng import derive_seed
 from k1.topology import Extent, LevelIndex, Topology, index_levels
@@ -138,6 +138,21 @@ class Arena:
         self.host_step[lane], self.host_top_k[lane] = 0, train.top_k
         self._hyper[lane] = None
         self.set_tree(lane, tree)
+
+    def configure(self, config: Config) -> None:
+        """Take other settings; the sizes stay. What was recorded before still has the old ones.
+
+        Raises:
+            ConfigError: if sizes differ.
+        """
+        old, ev = self.config, config.evidence
+        tables = (ev.buckets, ev.context_buckets)
+        if config.model != old.model or tables != (
+            old.evidence.buckets,
+            old.evidence.context_buckets,
+        ):
+            raise ConfigError("an arena keeps its sizes: build another for a model of other sizes")
+        self.config = config
 
     def set_hyper(self, lane: int, name: str, value: float) -> None:
         """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
