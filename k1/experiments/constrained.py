@@ -1,8 +1,8 @@
 """Dense methods that change the gradient so that earlier domains keep theirs: EWC, SI, A-GEM.
 
 Elastic weight consolidation: Kirkpatrick et al. 2017; its quadratic penalties, one for each domain,
-add up to one (Huszár 2018). Synaptic intelligence: Zenke, Poole and Ganguli 2017. A-GEM: Chaudhry et
-al. 2019. All of them are told when a domain ends, and nothing else.
+add up to one (Huszár 2018). Synaptic intelligence: Zenke, Poole and Ganguli 2017. A-GEM: Chaudhry
+et al. 2019. All of them are told when a domain ends, and nothing else.
 
 Shapes: L lanes, S slots with the scratch row, P parameters of a block, Q of the shared part.
 """
@@ -194,7 +194,7 @@ class PathIntegralEngine(PenaltyEngine):
 
 
 class ProjectedEngine(ConstrainedEngine):
-    """A-GEM: a gradient that would raise the loss of earlier text is projected until it does not."""
+    """A-GEM: a gradient that would raise the loss of earlier text is projected first."""
 
     def __init__(self, arena: Arena, store: TokenStore, chunk: int | None, seeds: Tensor) -> None:
         """Bind an arena.
@@ -282,9 +282,7 @@ class EwcLearner(_PenaltyLearner):
         for number in range(self.sequences):
             cursor = torch.full_like(seed, number)
             batch = self.store.sample("train", seed, cursor, a["mix"], 1)
-            _, found = self.engine.plain_gradients(
-                0, self.lanes, batch, read_text(batch, a.config)
-            )
+            _, found = self.engine.plain_gradients(0, self.lanes, batch, read_text(batch, a.config))
             total.add_(*(part.square() / self.sequences for part in found.tensors()))
         return total
 

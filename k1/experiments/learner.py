@@ -78,6 +78,8 @@ class Learner:
         self.engine = self.make_engine()
         self.flops = [0.0] * self.lanes
         """Executed floating-point operations of each run, by formula."""
+        self._moved = [0.0] * self.lanes
+        self._lived = [0.0] * self.lanes
 
     def fresh(self, lane: int) -> None:
         """Fill a lane with a fresh system of its run."""
@@ -146,12 +148,30 @@ class Learner:
 
     def train(self, done: int, steps: int, total: int) -> None:
         """Make the steps done + 1 .. done + steps of a phase that has `total`."""
-        before = self.arena["blocks_updated"].tolist()
+        a, before = self.arena, self._counters()
         self.engine.train(0, self.lanes, steps, lambda i: height((done + i + 0.5) / total))
-        after = self.arena["blocks_updated"].tolist()
+        changes = zip(before, self._counters(), strict=True)
+        agents, blocks, shared = ([y - x for x, y in zip(*c, strict=True)] for c in changes)
         for lane in range(self.lanes):
-            updated = (after[lane] - before[lane]) / steps + 1  # the root is on every path
-            self.flops[lane] += steps * self.step_flops(lane, updated)
+            # The root is on every path.
+            self.flops[lane] += steps * self.step_flops(lane, agents[lane] / steps + 1)
+            moved = blocks[lane] * a.block_layout.total + shared[lane] * a.shared_layout.total
+            self._moved[lane] += moved
+            self._lived[lane] += steps * Learner.parameters(self, lane)
+
+    def _counters(self) -> list[list[int]]:
+        """Blocks that steps have moved, without and with the root, and shared parts: by lane."""
+        a = self.arena
+        return [
+            a["blocks_updated"].tolist(),
+            a["updates"].sum(1).tolist(),
+            a["shared_count"].tolist(),
+        ]
+
+    @property
+    def moved(self) -> list[float]:
+        """Share of the living parameters that a step has moved, on average, of each run."""
+        return [moved / lived for moved, lived in zip(self._moved, self._lived, strict=True)]
 
     def measure(self, views: Views, view: str) -> list[list[float]]:
         """Bits per byte of each run's domains, in the order of its stream: [lanes][domains]."""

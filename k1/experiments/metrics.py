@@ -68,7 +68,7 @@ def average_forgetting(r: Matrix) -> float:
 
 
 def forgetting_percent(r: Matrix) -> float:
-    """Mean over domains of the bits lost since the domain's own phase, in per cent of those bits."""
+    """Mean over domains of the bits lost since the domain's own phase, in per cent of these."""
     own, last = learnt(r)[:-1], r[-1, :-1]
     return float(100 * (last / own - 1).mean())
 

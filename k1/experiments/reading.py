@@ -35,9 +35,7 @@ class Passages:
     """bool [D, K, T]: targets that belong to the passage's document, which may end early."""
 
 
-def cut_passages(
-    store: TokenStore, pool: str, domain: str, passages: int, length: int
-) -> Passages:
+def cut_passages(store: TokenStore, pool: str, domain: str, passages: int, length: int) -> Passages:
     """Cut passages that begin at documents spread evenly over a pool.
 
     Args:

@@ -89,7 +89,9 @@ class GrownLearner(Learner):
     batches of the new text, which are counted before they are trained on.
     """
 
-    def __init__(self, *args: Any, counted: int = 64, own_only: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, counted: int = 64, own_only: bool = False, **kwargs: Any
+    ) -> None:
         """Fill an arena.
 
         Args:
@@ -182,5 +184,3 @@ class SeparateLearner(Learner):
     def parameters(self, lane: int) -> int:
         """Parameters of all trees so far."""
         return (self.phase + 1) * super().parameters(lane)
-
-
