@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
+
 from k1.cli import optional, run
 
 
@@ -19,7 +21,7 @@ from k1.cli import optional, run
 class Arguments:
     """Run a named experiment, or go on with one, and report it."""
 
-    name: Annotated[str, optional("NAME")] = "pilot"
+    name: Annotated[str, tyro.conf.Positional] = "pilot"
     """Which experiment (--list tells)."""
     list: bool = False
     """List the experiments and methods and do nothing."""
