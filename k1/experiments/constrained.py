@@ -19,10 +19,10 @@ from k1.arena import Arena
 from k1.engine import Engine
 from k1.experiments.learner import Learner
 from k1.flops import step_flops
-from k1.forward import Batch, Text, read_text
+from k1.forward import Batch, Text
 from k1.records import FullGradients, StepResult
 from k1.rng import derive_seed
-from k1.sampling import TokenStore
+from k1.sampling import TokenStore, draw_windows
 
 
 @dataclass(frozen=True)
@@ -213,14 +213,10 @@ class ProjectedEngine(ConstrainedEngine):
     def constrain(self, start: int, stop: int, plain: Parts) -> Parts:
         """Project the gradients."""
         a, lanes = self.arena, slice(start, stop)
-        batch = self.store.sample(
-            "train",
-            self.seeds[lanes],
-            a["data_cursor"][lanes],
-            self.memory[lanes],
-            a.config.train.batch,
-        )
-        _, earlier = self.plain_gradients(start, stop, batch, read_text(batch, a.config))
+        seed, cursor, memory = self.seeds[lanes], a["data_cursor"][lanes], self.memory[lanes]
+        windows, kernels = a.config.train.batch, self.backend.kernels
+        drawn = draw_windows(self.store, a.config, seed, cursor, memory, windows, kernels)
+        _, earlier = self.plain_gradients(start, stop, *drawn)
         return project(plain, earlier, self.memory[lanes].sum(1) > 0)
 
 
@@ -281,8 +277,9 @@ class EwcLearner(_PenaltyLearner):
         seed = torch.tensor(seeds, device=a.device)
         for number in range(self.sequences):
             cursor = torch.full_like(seed, number)
-            batch = self.store.sample("train", seed, cursor, a["mix"], 1)
-            _, found = self.engine.plain_gradients(0, self.lanes, batch, read_text(batch, a.config))
+            kernels = self.engine.backend.kernels
+            drawn = draw_windows(self.store, a.config, seed, cursor, a["mix"], 1, kernels)
+            _, found = self.engine.plain_gradients(0, self.lanes, *drawn)
             total.add_(*(part.square() / self.sequences for part in found.tensors()))
         return total
 

@@ -14,9 +14,8 @@ from k1.engine import Engine
 from k1.evidence import add_counts, rotate
 from k1.experiments.learner import Learner
 from k1.experiments.stream import Views
-from k1.forward import read_text
 from k1.rng import derive_seed
-from k1.sampling import TokenStore
+from k1.sampling import TokenStore, draw_windows
 from k1.topology import ROOT_SLOT
 
 
@@ -148,7 +147,8 @@ class GrownLearner(Learner):
         share = torch.ones(1, 1, windows * a.config.model.context, device=a.device)
         for number in range(self.counted):
             cursor = torch.tensor([number], device=a.device)
-            text = read_text(self.store.sample("train", seed, cursor, mix, windows), a.config)
+            kernels = self.engine.backend.kernels
+            _, text = draw_windows(self.store, a.config, seed, cursor, mix, windows, kernels)
             counts = a["evidence"][lane : lane + 1]
             ev = a.config.evidence
             add_counts(counts, where, share, text.bigram, text.context, text.valid, ev)
