@@ -7,15 +7,23 @@ import pytest
 import torch
 
 from k1.edits import add_agent
+from k1.engine import Engine
 from k1.errors import ConfigError
 from k1.evidence import rotate
-from k1.experiments.constrained import Parts, PathIntegralEngine, PenaltyEngine, project
+from k1.experiments.constrained import (
+    Parts,
+    PathIntegralEngine,
+    PenaltyEngine,
+    fisher,
+    project,
+)
 from k1.experiments.learner import Learner, Run, height
 from k1.experiments.methods import METHODS, choose_methods
 from k1.experiments.reading import Passages, cut_passages, read_passages
 from k1.experiments.stream import orders_of, stream_domains, views
 from k1.flops import step_flops
 from k1.forward import Batch, RouterState, forward, lane_loss, read_text
+from k1.rng import derive_seed
 from k1.sampling import TokenStore
 from k1.topology import ROOT_SLOT
 from tests.reference import next_batch, same_bits, shake, small_config
@@ -319,16 +327,16 @@ def test_the_penalty_has_the_gradient_of_all_quadratics(learn):
     for _ in range(2):
         a["weight"].copy_(torch.randn(a["weight"].shape, generator=generator))
         a["shared"].copy_(torch.randn(a["shared"].shape, generator=generator))
-        fisher = Parts(*(torch.rand(t.shape, generator=generator)
+        importance = Parts(*(torch.rand(t.shape, generator=generator)
                          for t in (a["weight"], a["shared"])))  # fmt: skip
-        engine.consolidate(fisher)
-        anchors.append((fisher, Parts.weights(a).clone()))
+        engine.ties.consolidate(importance)
+        anchors.append((importance, Parts.weights(a).clone()))
     here = Parts(*(torch.randn(t.shape, generator=generator).requires_grad_()
                    for t in (a["weight"], a["shared"])))  # fmt: skip
     value = sum(
         1.5 * (f * (t - o) ** 2).sum()
-        for fisher, at in anchors
-        for f, t, o in zip(fisher.tensors(), here.tensors(), at.tensors(), strict=True)
+        for held, at in anchors
+        for f, t, o in zip(held.tensors(), here.tensors(), at.tensors(), strict=True)
     )
     expected = torch.autograd.grad(value, here.tensors())
     a["weight"].copy_(here.blocks.detach())
@@ -340,12 +348,9 @@ def test_the_penalty_has_the_gradient_of_all_quadratics(learn):
 
 def test_the_fisher_is_the_mean_square_of_single_windows_gradients(learn):
     learner = learn("ewc")
-    learner.sequences = 3
     learner.begin(0)
     a, engine = learner.arena, learner.engine
-    found = learner.fisher()
-    from k1.rng import derive_seed
-
+    found = fisher(learner, engine, 3)
     seed = torch.tensor([derive_seed("fisher", 1, 0)])
     windows = [
         learner.store.sample("train", seed, torch.tensor([n]), a["mix"], 1) for n in range(3)
@@ -373,7 +378,7 @@ def test_without_strength_a_penalty_is_dense_and_a_strong_one_holds(learn):
         learner.train(0, 8, 8)
     assert torch.allclose(plain.arena["weight"], none.arena["weight"], atol=1e-6)
     moved = [
-        float((strong.engine.importance.shared * (one.arena["shared"] - start).square()).sum())
+        float((strong.engine.ties.importance.shared * (one.arena["shared"] - start).square()).sum())
         for one in (none, strong)
     ]
     assert moved[1] < moved[0] / 2
@@ -402,13 +407,49 @@ def test_synaptic_intelligence_divides_credit_by_the_way_that_was_gone(learn):
     engine.credit.shared.fill_(2.0)
     engine.credit.blocks.fill_(-1.0)  # what did harm is not held on to
     engine.settle(0.25)
-    assert torch.allclose(engine.importance.shared, torch.full_like(a["shared"], 4.0))
-    assert not engine.importance.blocks.any() and not engine.credit.shared.any()
+    assert torch.allclose(engine.ties.importance.shared, torch.full_like(a["shared"], 4.0))
+    assert not engine.ties.importance.blocks.any() and not engine.credit.shared.any()
     assert not engine.constrain(0, 1, Parts.zeros(a)).shared.any()
     a["shared"].add_(1.0)
-    learner.engine.strength.fill_(0.5)
+    engine.ties.strength.fill_(0.5)
     assert torch.allclose(engine.constrain(0, 1, Parts.zeros(a)).shared,
                           torch.full_like(a["shared"], 2.0), atol=1e-5)  # fmt: skip
+
+
+def test_guarded_growth_moves_the_common_parts_under_their_ties(learn):
+    learner = go(learn("k1-guarded-grow", runs=2, strength=2.0), 1, steps=6)
+    a, old = learner.arena, set(learner.arena.trees[0].blocks)
+    learner.begin(1)
+    own = learner.arena.trees[0].subtree(learner.grown[0])
+    assert learner.ties.importance.shared.any() and old.isdisjoint(own)
+    assert not learner.ties.importance.blocks[0, own].any()
+    before, shared = a["weight"].clone(), a["shared"].clone()
+    learner.train(0, 6, 6)
+    moved = (a["weight"][0] != before[0]).any(1)
+    assert moved.nonzero()[:, 0].tolist() == sorted([ROOT_SLOT, *own])
+    assert not same_bits(a["shared"], shared)
+
+
+def test_ties_pull_path_blocks_back_and_are_clipped_with_the_rest(learn):
+    learner = go(learn("k1-guarded-grow", runs=2, strength=2.0), 1, steps=6)
+    learner.begin(1)
+    engine, a = learner.engine, learner.arena
+    batch = next_batch_of(learner)
+    text, selection = read_text(batch, a.config), engine._select(0, 2, a["responsibility"])
+    with torch.no_grad():
+        done = engine.path_pass(0, 2, batch, text, selection)
+    a["weight"].add_(0.1)
+    a["shared"].add_(0.1)
+    with torch.no_grad():
+        away = engine.path_pass(0, 2, batch, text, selection)
+        plain = Engine._path_gradients(engine, 0, 2, engine.path_pass(0, 2, batch, text, selection))
+        found = engine._path_gradients(0, 2, away)
+    held = learner.ties.importance
+    by_row = plain.by_row + 0.2 * held.blocks.flatten(0, 1)[done.row]
+    assert torch.allclose(found.by_row, by_row, atol=1e-6)
+    assert torch.allclose(found.squares, by_row.square().sum(1), rtol=1e-4)
+    assert torch.allclose(found.by_shared, plain.by_shared + 0.2 * held.shared, atol=1e-6)
+    assert held.blocks[:, ROOT_SLOT].any()
 
 
 # -- all of them ---------------------------------------------------------------------------------

@@ -103,37 +103,63 @@ class ConstrainedEngine(Engine):
         raise NotImplementedError
 
 
-class PenaltyEngine(ConstrainedEngine):
-    """Adds the gradient of `strength / 2 * sum over domains of F (theta - theta_domain) ** 2`.
+class Ties:
+    """The penalty `strength / 2 * sum over domains of F (theta - theta_domain) ** 2`.
 
     That sum is a quadratic in theta, so the sums of F and of F * theta_domain are all it takes.
     """
+
+    def __init__(self, arena: Arena, strength: Tensor) -> None:
+        """Begin without a domain; lanes have a strength each: float32 [L]."""
+        self._arena, self.strength = arena, strength
+        self.importance, self.pull = Parts.zeros(arena), Parts.zeros(arena)
+
+    def consolidate(self, importance: Parts) -> None:
+        """Tie the weights to where they are now, each by its importance."""
+        here = Parts.weights(self._arena)
+        self.importance.add_(*importance.tensors())
+        self.pull.add_(importance.blocks * here.blocks, importance.shared * here.shared)
+
+    def force(self, start: int, stop: int) -> Parts:
+        """The gradient of the penalty in lanes start..stop."""
+        row = torch.arange((stop - start) * (self._arena.scratch + 1), device=self.strength.device)
+        blocks, shared = self.force_on(start, stop, row)
+        return Parts(blocks.view_as(self.importance.blocks[start:stop]), shared)
+
+    def force_on(self, start: int, stop: int, row: Tensor) -> tuple[Tensor, Tensor]:
+        """The same on some blocks, and on the shared part.
+
+        Args:
+            start: first lane.
+            stop: one past the last lane.
+            row: int64 [M]: rows [L * S] of blocks in these lanes.
+
+        Returns:
+            [M, P] and [L, Q].
+        """
+        parts = Parts.weights(self._arena), self.importance, self.pull
+        weight, importance, pull = (part.lanes(start, stop) for part in parts)
+        strength, slots = self.strength[start:stop], self._arena.scratch + 1
+        here, held, at = (p.blocks.flatten(0, 1)[row] for p in (weight, importance, pull))
+        blocks = (held * here - at) * strength[row // slots][:, None]
+        shared = (importance.shared * weight.shared - pull.shared) * strength[:, None]
+        return blocks, shared
+
+
+class PenaltyEngine(ConstrainedEngine):
+    """Adds the force of ties."""
 
     def __init__(
         self, arena: Arena, store: TokenStore, chunk: int | None, strength: Tensor
     ) -> None:
         """Bind an arena whose lanes have a strength each: float32 [L]."""
         super().__init__(arena, store, chunk)
-        self.strength = strength
-        self.importance, self.pull = Parts.zeros(arena), Parts.zeros(arena)
+        self.ties = Ties(arena, strength)
 
     def constrain(self, start: int, stop: int, plain: Parts) -> Parts:
-        """Add the gradient of the penalty."""
-        strength = self.strength[start:stop]
-        weights = Parts.weights(self.arena).lanes(start, stop)
-        pairs = zip(
-            self.importance.lanes(start, stop).tensors(),
-            weights.tensors(),
-            self.pull.lanes(start, stop).tensors(),
-            strict=True,
-        )
-        return plain.plus(Parts(*(f * w - p for f, w, p in pairs)), strength)
-
-    def consolidate(self, importance: Parts) -> None:
-        """Tie the weights to where they are now, each by its importance."""
-        here = Parts.weights(self.arena)
-        self.importance.add_(*importance.tensors())
-        self.pull.add_(importance.blocks * here.blocks, importance.shared * here.shared)
+        """Add the force."""
+        force = self.ties.force(start, stop)
+        return Parts(plain.blocks + force.blocks, plain.shared + force.shared)
 
 
 class PathIntegralEngine(PenaltyEngine):
@@ -181,9 +207,10 @@ class PathIntegralEngine(PenaltyEngine):
             )
         )
         # Its penalty has one anchor, where the last domain ended, under all importance so far.
-        self.importance.add_(*importance.tensors())
+        ties = self.ties
+        ties.importance.add_(*importance.tensors())
         for pull, all_importance, now in zip(
-            self.pull.tensors(), self.importance.tensors(), here.tensors(), strict=True
+            ties.pull.tensors(), ties.importance.tensors(), here.tensors(), strict=True
         ):
             pull.copy_(all_importance * now)
         for credit, then, now in zip(
@@ -227,6 +254,35 @@ def project(plain: Parts, earlier: Parts, on: Tensor) -> Parts:
     return plain.plus(earlier, factor)
 
 
+def strengths(learner: Learner) -> Tensor:
+    """Strength of each run's penalty: float32 [L]."""
+    found = [run.strength for run in learner.runs]
+    return torch.tensor(found, dtype=torch.float32, device=learner.arena.device)
+
+
+def fisher(learner: Learner, engine: ConstrainedEngine, sequences: int) -> Parts:
+    """Mean over windows of the squared gradient of a window's mean loss, on the present domain.
+
+    Args:
+        learner: whose systems, and who pays for it.
+        engine: works out gradients on the learner's arena.
+        sequences: how many windows.
+    """
+    a, total = learner.arena, Parts.zeros(learner.arena)
+    seeds = [derive_seed("fisher", run.seed, learner.phase) for run in learner.runs]
+    seed = torch.tensor(seeds, device=a.device)
+    for number in range(sequences):
+        cursor, kernels = torch.full_like(seed, number), engine.backend.kernels
+        drawn = draw_windows(learner.store, a.config, seed, cursor, a["mix"], 1, kernels)
+        _, found = engine.plain_gradients(0, learner.lanes, *drawn)
+        total.add_(*(part.square() / sequences for part in found.tensors()))
+    dense = a.config.replace(update={"mode": "dense"})
+    for lane, tree in enumerate(a.trees):
+        step = step_flops(dense, a.vocab_size, len(tree.blocks), 0)
+        learner.flops[lane] += sequences / a.config.train.batch * step
+    return total
+
+
 class _PenaltyLearner(Learner):
     """What EWC and SI share: an engine that lasts, and a strength for each run."""
 
@@ -237,13 +293,7 @@ class _PenaltyLearner(Learner):
         """Build the engine once: what it has gathered stays."""
         if self.phase:
             return self.engine
-        strength = [run.strength for run in self.runs]
-        return self.kind(
-            self.arena,
-            self.store,
-            self.chunk,
-            torch.tensor(strength, dtype=torch.float32, device=self.arena.device),
-        )
+        return self.kind(self.arena, self.store, self.chunk, strengths(self))
 
 
 class EwcLearner(_PenaltyLearner):
@@ -264,24 +314,7 @@ class EwcLearner(_PenaltyLearner):
 
     def end(self) -> None:
         """Tie the weights down by the Fisher information of the domain that ends."""
-        self.engine.consolidate(self.fisher())
-        a = self.arena
-        for lane in range(self.lanes):
-            full = step_flops(a.config, a.vocab_size, len(a.trees[lane].blocks), 0)
-            self.flops[lane] += self.sequences / a.config.train.batch * full
-
-    def fisher(self) -> Parts:
-        """Mean over windows of the squared gradient of a window's mean loss."""
-        a, total = self.arena, Parts.zeros(self.arena)
-        seeds = [derive_seed("fisher", run.seed, self.phase) for run in self.runs]
-        seed = torch.tensor(seeds, device=a.device)
-        for number in range(self.sequences):
-            cursor = torch.full_like(seed, number)
-            kernels = self.engine.backend.kernels
-            drawn = draw_windows(self.store, a.config, seed, cursor, a["mix"], 1, kernels)
-            _, found = self.engine.plain_gradients(0, self.lanes, *drawn)
-            total.add_(*(part.square() / self.sequences for part in found.tensors()))
-        return total
+        self.engine.ties.consolidate(fisher(self, self.engine, self.sequences))
 
 
 class SiLearner(_PenaltyLearner):

@@ -14,6 +14,7 @@ from k1.bench.methods import NEVER_AGAIN
 from k1.config import Config
 from k1.errors import ConfigError
 from k1.experiments.constrained import AGemLearner, EwcLearner, SiLearner
+from k1.experiments.guarded import GuardedLearner
 from k1.experiments.learner import Learner
 from k1.experiments.tree_learners import (
     FixedLeafLearner,
@@ -130,6 +131,12 @@ TRACED = (
     Method("k1-own-grow", "the same, and only what was grown for the domain may move",
            _sections(EVIDENCE, WHOLE, SHARP), later=_sections(FROZEN, ALL_OPEN),
            learner=GrownLearner, options={"own_only": True}),
+    Method("k1-guarded-grow", "the same, but root and shared part move too, tied by importance",
+           _sections(EVIDENCE, WHOLE, SHARP), later=ALL_OPEN,
+           learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
+    Method("k1-guarded-shared-grow", "the same with the root frozen",
+           _sections(EVIDENCE, WHOLE, SHARP), later=_sections(NO_ROOT, ALL_OPEN),
+           learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
     Method("k1-top-9", "full path by evidence, several culprits at once",
            _sections(EVIDENCE, WHOLE, {"train": {"top_k": 9}})),
     Method("k1-top-9-no-threshold", "the same without the culprit threshold",

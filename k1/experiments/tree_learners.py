@@ -119,12 +119,14 @@ class GrownLearner(Learner):
         """Build an engine that may be held to the new node."""
         if not (self.own_only and self.phase):
             return super().make_engine()
+        return MaskedEngine(self.arena, self.store, self.chunk, self.own(), flat=False)
+
+    def own(self) -> Tensor:
+        """The blocks of each lane's newest node: bool [L, S]."""
         open_ = torch.zeros(self.lanes, self.arena.scratch + 1, dtype=torch.bool)
         for lane, slot in self.grown.items():
             open_[lane, self.arena.trees[lane].subtree(slot)] = True
-        return MaskedEngine(
-            self.arena, self.store, self.chunk, open_.to(self.arena.device), flat=False
-        )
+        return open_.to(self.arena.device)
 
     def _grow(self, lane: int) -> int:
         """Split a child of the root; returns the new node's slot."""
