@@ -134,7 +134,7 @@ def test_reading_one_window_is_measuring_it(make):
     batch = replace(batch, starts=starts)
     one = [t[0, :, None] for t in (batch.inputs, batch.targets, starts, torch.ones_like(starts))]
     expected = float(trainer.engine.bits_per_byte(0, 1, batch)[0])
-    assert read_passages(trainer.engine, 0, Passages(*one)) == pytest.approx(expected, rel=1e-5)
+    assert read_passages(trainer.engine, Passages(*one))[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("router", ["mean", "evidence"])
@@ -148,7 +148,7 @@ def test_evidence_is_carried_from_window_to_window(make, router):
     counts = torch.ones_like(starts)
     counts[0, 0] = False  # the first window is read and not counted, but for one token
     counts[0, 0, 0] = True
-    found = read_passages(trainer.engine, 0, Passages(inputs, targets, starts, counts))
+    (found,) = read_passages(trainer.engine, Passages(inputs, targets, starts, counts))
     whole = [Batch(inputs[:, i : i + 1], targets[:, i : i + 1], starts[:, i : i + 1],
                    inputs[:, i : i + 1, 0]) for i in range(2)]  # fmt: skip
     forest = arena.forest(0, 1)

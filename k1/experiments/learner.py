@@ -180,8 +180,7 @@ class Learner:
             if view == "windows":
                 bits = self.engine.bits_per_byte(0, self.lanes, views.windows[domain]).tolist()
             else:
-                text = views.passages[domain]
-                bits = [read_passages(self.engine, lane, text) for lane in range(self.lanes)]
+                bits = read_passages(self.engine, views.passages[domain])
             by_domain[domain] = bits
         return [
             [by_domain[domain][lane] for domain in run.order] for lane, run in enumerate(self.runs)

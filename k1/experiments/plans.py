@@ -66,7 +66,7 @@ _GROWABLE: Fields = {"model": {"spare": 1.0}}
 _SMALL: Fields = {
     "model": {"branching": (3, 2), "embed": 32, "feed_forward": 64, "heads": 2, "spare": 1.0},
     "optimizer": {"warmup": 1},
-    "train": {"batch": 8, "eval_windows": 96},
+    "train": {"batch": 16, "eval_windows": 96},
     "data": {"max_bytes": 4_000_000},
 }
 _BIG: Fields = {**_GROWABLE, "optimizer": {"warmup": 1}}
@@ -89,7 +89,7 @@ EXPERIMENTS = (
         "minutes on two cores: the main methods on a small tree, one order",
         ("dense", "dense-low-lr", "dense-frozen-shared", "joint", "separate", "replay-1",
          "replay-5", "random-path", "fixed-leaf", "k1-evidence", "k1-full-path", "k1-frozen",
-         "k1-frozen-grow", "k1-own-grow"),
+         "k1-frozen-grow", "k1-own-grow", "k1-guarded-grow"),
         preset="cpu",
         sections=_SMALL,
         steps=400,

@@ -8,17 +8,17 @@ carried over; attention still sees one window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from k1.arena import Arena
+from k1.chunks import cut
 from k1.data import POOLS
 from k1.engine import Engine
-from k1.forward import LN2, Batch, Forest, RouterState, forward, read_text, token_losses
+from k1.forward import LN2, Batch, Forest, RouterState, priors, read_text, token_losses
+from k1.measure import outputs
 from k1.sampling import TokenStore
-from k1.topology import index_levels
 
 
 @dataclass(frozen=True)
@@ -63,56 +63,51 @@ def cut_passages(store: TokenStore, pool: str, domain: str, passages: int, lengt
     return Passages(inputs, targets, starts.to(device), counts.to(device))
 
 
+def read_passages(engine: Engine, passages: Passages) -> list[float]:
+    """Bits per byte of every lane of an engine's arena on passages."""
+    lanes = engine.arena.lanes
+    return [
+        bits
+        for start, stop in cut(0, lanes, engine.chunk)
+        for bits in _read(engine, start, stop, passages)
+    ]
+
+
 @torch.no_grad()
-def read_passages(engine: Engine, lane: int, passages: Passages) -> float:
-    """Bits per byte of a lane on passages: each is a lane of the forward pass, with its own prior.
+def _read(engine: Engine, start: int, stop: int, passages: Passages) -> list[float]:
+    """Bits per byte of lanes start..stop."""
+    forest, size = engine.arena.forest(start, stop), engine.arena.config.train.batch
+    pieces = forest.shared_layout.unpack(forest.shared)
+    nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=engine.arena.device)
+    for first in range(0, len(passages.inputs), size):
+        router = forest.router
+        for window in range(passages.inputs.shape[1]):
+            part = slice(first, first + size), window
+            parts = (t[part] for t in (passages.inputs, passages.targets, passages.starts))
+            inputs, targets, starts = (t.expand(stop - start, *t.shape) for t in parts)
+            counts = passages.counts[part].flatten()
+            batch = Batch(inputs, targets, starts, inputs[..., 0])
+            output = outputs(engine, replace(forest, router=router), batch)
+            nats += (token_losses(pieces, output, targets).double() * counts).sum(1)
+            length += (engine.store.token_bytes[targets[0]].flatten() * counts).sum()
+            router = carry_on(router, forest, batch, engine.backend.kernels)
+    return (nats / LN2 / length).tolist()
+
+
+def carry_on(router: RouterState, forest: Forest, batch: Batch, kernels: bool) -> RouterState:
+    """Make what a router has gathered at the end of each window its prior for the next one.
 
     Args:
-        engine: whose arena holds the lane.
-        lane: the lane.
-        passages: what to read.
+        router: the priors that the windows were read with.
+        forest: the trees.
+        batch: the windows [L, B, T].
+        kernels: whether a kernel sums up the evidence.
     """
-    arena, size = engine.arena, engine.arena.config.train.batch
-    nats = length = 0.0
-    for first in range(0, len(passages.inputs), size):
-        part = slice(first, first + size)
-        count = len(passages.inputs[part])
-        forest = _repeated(arena, lane, count)
-        router = forest.router
-        pieces = forest.shared_layout.unpack(forest.shared)
-        for window in range(passages.inputs.shape[1]):
-            cut = part, slice(window, window + 1)
-            counts = passages.counts[cut].flatten(1)
-            if not bool(counts.any()):
-                break
-            inputs, targets = passages.inputs[cut], passages.targets[cut]
-            batch = Batch(inputs, targets, passages.starts[cut], inputs[..., 0])
-            text = read_text(batch, forest.config)
-            weights, levels = forest.weights(), forest.levels
-            done = forward(weights, router, levels, batch, text, forest.config)
-            losses = token_losses(pieces, done.output, targets).double()
-            nats += float((losses * counts).sum())
-            length += float((engine.store.token_bytes[targets].flatten(1) * counts).sum())
-            router = RouterState([prior[..., -1] for prior in done.prior], router.counts)
-    return nats / LN2 / length
-
-
-def _repeated(arena: Arena, lane: int, count: int) -> Forest:
-    """View a lane as so many lanes with the same numbers."""
-    levels = index_levels([arena.trees[lane]] * count, arena.device)
-
-    def spread(name: str) -> Tensor:
-        return arena[name][lane].expand(count, *arena[name].shape[1:])
-
-    def cut(tensor: Tensor) -> list[Tensor]:
-        return [tensor[:, i.offset : i.offset + i.width] for i in levels]
-
-    return Forest(
-        spread("weight"),
-        spread("shared"),
-        arena.block_layout,
-        arena.shared_layout,
-        levels,
-        RouterState(cut(spread("log_prior")), cut(spread("evidence"))),
-        arena.config,
-    )
+    text, time = read_text(batch, forest.config), batch.inputs.shape[-1]
+    found = priors(router, forest.levels, text, forest.config, kernels)
+    last = [
+        prior.expand(-1, -1, text.bigram[0].numel()).unflatten(2, (-1, time))[..., -1:]
+        for prior in found
+    ]
+    gathered = [prior.expand(-1, -1, -1, time).flatten(2) for prior in last]
+    return RouterState(gathered, router.counts)
