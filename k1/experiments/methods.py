@@ -83,8 +83,10 @@ def _k1(router: str) -> Fields:
     return _sections(PATH, _router(router))
 
 
-EVIDENCE = _k1("evidence")
-SHARP: Fields = {"evidence": {"tau": 1.0}}
+FULL = _sections(_k1("evidence"), WHOLE, {"evidence": {"tau": 1.0}})
+"""Full paths, and evidence that a few tokens decide by."""
+SOFT: Fields = {"evidence": {"tau": 0.05}}
+
 BASELINES = (
     Method("dense", "all blocks, one domain after another", DENSE),
     Method("dense-low-lr", "dense with a tenth of the learning rate after the first domain", DENSE,
@@ -112,39 +114,38 @@ BASELINES = (
 
 TRACED = (
     *(
-        Method(f"k1-{router}", f"traced path, {router} routing", _k1(router))
+        Method(f"k1-{router}", f"traced path in percentages, {router} routing", _k1(router))
         for router in ("mean", "learned", "evidence")
     ),
     *(
-        Method(f"k1-{router}-grow", f"the same with {router} routing; a node grows for a domain",
+        Method(f"k1-{router}-grow", f"k1-{router}, and a node grows for a domain",
                _k1(router), learner=GrownLearner)
         for router in ("mean", "learned", "evidence")
     ),
-    Method("k1-full-path", "traced path by evidence, every block of it in full",
-           _sections(EVIDENCE, WHOLE)),
-    Method("k1-full-path-grow", "the same, and a node grows for a domain",
-           _sections(EVIDENCE, WHOLE), learner=GrownLearner),
-    Method("k1-frozen", "full path by evidence; root and shared part frozen after the first domain",
-           _sections(EVIDENCE, WHOLE), later=FROZEN),
-    Method("k1-frozen-grow", "the same, and a node grows for a domain",
-           _sections(EVIDENCE, WHOLE, SHARP), later=FROZEN, learner=GrownLearner),
-    Method("k1-own-grow", "the same, and only what was grown for the domain may move",
-           _sections(EVIDENCE, WHOLE, SHARP), later=_sections(FROZEN, ALL_OPEN),
-           learner=GrownLearner, options={"own_only": True}),
-    Method("k1-guarded-grow", "the same, but root and shared part move too, tied by importance",
-           _sections(EVIDENCE, WHOLE, SHARP), later=ALL_OPEN,
-           learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
-    Method("k1-guarded-shared-grow", "the same with the root frozen",
-           _sections(EVIDENCE, WHOLE, SHARP), later=_sections(NO_ROOT, ALL_OPEN),
-           learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
-    Method("k1-top-9", "full path by evidence, several culprits at once",
-           _sections(EVIDENCE, WHOLE, {"train": {"top_k": 9}})),
-    Method("k1-top-9-no-threshold", "the same without the culprit threshold",
-           _sections(EVIDENCE, WHOLE, {"train": {"top_k": 9}, "update": {"min_share": 0.0}})),
-    Method("k1-one-counter", "full path by evidence, one Adam counter for all blocks",
-           _sections(EVIDENCE, WHOLE), learner=OneCounterLearner),
-    Method("k1-explore", "full path by evidence, one path in ten random",
-           _sections(EVIDENCE, WHOLE, {"train": {"exploration": 0.1}})),
+    Method("k1-full-path", "traced path by evidence with tau 1, every block of it in full", FULL),
+    Method("k1-full-path-grow", "k1-full-path, and a node grows for a domain", FULL,
+           learner=GrownLearner),
+    Method("k1-frozen", "k1-full-path; root and shared part frozen after the first domain", FULL,
+           later=FROZEN),
+    Method("k1-frozen-grow", "k1-frozen, and a node grows for a domain", FULL,
+           later=FROZEN, learner=GrownLearner),
+    Method("k1-own-grow", "k1-frozen-grow where only the new node moves, all of it", FULL,
+           later=_sections(FROZEN, ALL_OPEN), learner=GrownLearner, options={"own_only": True}),
+    Method("k1-own-grow-soft", "k1-own-grow with tau 0.05", _sections(FULL, SOFT),
+           later=_sections(FROZEN, ALL_OPEN), learner=GrownLearner, options={"own_only": True}),
+    Method("k1-guarded-grow",
+           "k1-own-grow where root and shared part move too, tied by importance", FULL,
+           later=ALL_OPEN, learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
+    Method("k1-guarded-shared-grow", "k1-guarded-grow with the root frozen", FULL,
+           later=_sections(NO_ROOT, ALL_OPEN), learner=GuardedLearner, strengths=(1e2, 1e3, 1e4)),
+    Method("k1-top-9", "k1-full-path with several culprits at once",
+           _sections(FULL, {"train": {"top_k": 9}})),
+    Method("k1-top-9-no-threshold", "k1-top-9 without the culprit threshold",
+           _sections(FULL, {"train": {"top_k": 9}, "update": {"min_share": 0.0}})),
+    Method("k1-one-counter", "k1-full-path with one Adam counter for all blocks", FULL,
+           learner=OneCounterLearner),
+    Method("k1-explore", "k1-full-path, one path in ten random",
+           _sections(FULL, {"train": {"exploration": 0.1}})),
 )  # fmt: skip
 
 METHODS = {method.name: method for method in (*BASELINES, *TRACED)}
