@@ -194,7 +194,8 @@ def test_the_page_has_every_table_and_what_methods_are():
 
 def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp_path: Path):
     results = tmp_path / "tune.jsonl"
-    options = ["--quick", "--device", "cpu", "--results", results, "--seeds", "1"]
+    short = ["--quick", "--device", "cpu", "--seeds", "1", "--steps"]
+    options = [*short, "4", "--results", results]
     first = call(SCRIPT, *options, "--methods", "dense,k1-own-grow")
     assert first.returncode == 0, first.stderr
     assert len(results.read_text().splitlines()) == 3
@@ -204,14 +205,14 @@ def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp
     assert "ewc: 3 runs" in again.stdout and "dense: 1 runs" not in again.stdout
     page = (tmp_path / "results.md").read_text()
     assert page.startswith("# Results") and "k1-own-grow" in page and str(tmp_path) not in page
-    wrong = call(SCRIPT, *options, "--steps", "7")
+    wrong = call(SCRIPT, *short, "7", "--results", results)
     assert wrong.returncode == 2 and "other settings" in wrong.stderr
-    final = call(SCRIPT, "--quick", "--device", "cpu", "--seeds", "1", "--methods", "dense,ewc",
-                 "--test", "--tuned", results, "--results", tmp_path / "final.jsonl")  # fmt: skip
+    final = call(SCRIPT, *short, "4", "--methods", "dense,ewc", "--test", "--tuned", results,
+                 "--results", tmp_path / "final.jsonl")  # fmt: skip
     assert final.returncode == 0, final.stderr
     rows = [json.loads(line) for line in (tmp_path / "final.jsonl").read_text().splitlines()]
     assert rows[0]["pool"] == "test" and len(rows) == 3  # one strength of ewc
-    best = read_tuned(results, choose_experiment("ci", methods=("ewc",)))
+    best = read_tuned(results, choose_experiment("ci", methods=("ewc",), steps=4))
     assert rows[2]["strength"] == best["ewc"][1]
 
 
