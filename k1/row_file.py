@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from k1.durable import canonical_json
+from k1.durable import canonical_json, parse_json
 from k1.errors import K1Error
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class RowFile:
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line off
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line.encode()) for line in whole.splitlines()]
         except (OSError, ValueError) as error:
             raise K1Error(
                 f"{path} cannot be read as records ({error}): name another file"
