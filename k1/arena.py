@@ -254,6 +254,21 @@ class Arena:
             self["mix"][target] = self["mix"][source]
             self._mix[target] = self._mix[source]
 
+    def configure(self, config: Config) -> None:
+        """Take other settings; the sizes stay. What was recorded before still has the old ones.
+
+        Raises:
+            ConfigError: if sizes differ.
+        """
+        old, ev = self.config, config.evidence
+        tables = (ev.buckets, ev.context_buckets)
+        if config.model != old.model or tables != (
+            old.evidence.buckets,
+            old.evidence.context_buckets,
+        ):
+            raise ConfigError("an arena keeps its sizes: build another for a model of other sizes")
+        self.config = config
+
     def set_hyper(self, lane: int, name: str, value: float) -> None:
         """Set `lr`, `top_k`, `cooldown` or `exploration` of a lane."""
         self[name][lane] = value

@@ -27,7 +27,7 @@ from k1.forward import (
 )
 from k1.graphs import Side, StepGraphs
 from k1.measure import measure
-from k1.path import PathPass, as_leaf, index_paths
+from k1.path import Gradients, PathPass, as_leaf, index_paths
 from k1.path_cpu import CpuPathPass
 from k1.records import FullGradients, StepResult
 from k1.rng import STREAM_EXPLORE, random_uniform
@@ -309,7 +309,7 @@ class Engine:
         update = self._update(start, stop, selection)
         first_loss: Tensor | None = None
         for turn in range(config.update.inner_steps):
-            found = done.gradients()
+            found = self._path_gradients(start, stop, done)
             first_loss = found.loss if first_loss is None else first_loss
             last = turn == config.update.inner_steps - 1
             fine = update.path(done, found, last)
@@ -318,6 +318,10 @@ class Engine:
             self._count(start, stop, selection, done.values, text, fine, done.row)
         self._forward_side.join()
         return StepResult(first_loss, selection, fine)
+
+    def _path_gradients(self, start: int, stop: int, done: PathPass | TreePass) -> Gradients:
+        """Gradients of what a pass has chosen, as the update takes them."""
+        return done.gradients()
 
     def _select(self, start: int, stop: int, measured: Tensor) -> Selection:
         a, update = self.arena, self.arena.config.update

@@ -107,7 +107,7 @@ class RouterState:
     """What routing needs besides parameters."""
 
     log_prior: list[Tensor]
-    """float32 [L, W] of each level."""
+    """float32 [L, W] of each level, or [L, W, N] if tokens have priors of their own."""
     counts: list[Tensor]
     """int64 [L, W, 3, H] of each level."""
 
@@ -332,7 +332,8 @@ def priors(
 
     The kernel for the evidence is used if `fused`, and if it takes windows of this length.
     """
-    result = [prior[..., None] for prior in router.log_prior[: len(levels)]]
+    own = router.log_prior[: len(levels)]
+    result = [prior if prior.dim() == 3 else prior[..., None] for prior in own]
     if config.model.router != "evidence" or len(levels) == 1:
         return result
     ev = config.evidence

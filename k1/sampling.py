@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from k1.arena import Arena
+from k1.config import Config
 from k1.data import POOLS, TextData
 from k1.forward import Batch, Text, read_text
 from k1.rng import STREAM_DATA, STREAM_DOMAIN, random_bits, random_uniform
@@ -112,8 +113,30 @@ def draw(
         stop: one past the last lane.
         kernels: whether one kernel does it all.
     """
-    config, windows = arena.config, arena.config.train.batch
     seed, cursor, mix = (arena[n][start:stop] for n in ("data_seed", "data_cursor", "mix"))
+    return draw_windows(store, arena.config, seed, cursor, mix, arena.config.train.batch, kernels)
+
+
+def draw_windows(
+    store: TokenStore,
+    config: Config,
+    seed: Tensor,
+    cursor: Tensor,
+    mix: Tensor,
+    windows: int,
+    kernels: bool,
+) -> tuple[Batch, Text]:
+    """Draw windows of training text and read them for the routers.
+
+    Args:
+        store: the text.
+        config: the routers' settings.
+        seed: int64 [L].
+        cursor: int64 [L]: the batch's number in the stream of `seed`.
+        mix: float32 [L, domains]: share of each domain.
+        windows: windows per lane.
+        kernels: whether one kernel does it all.
+    """
     if kernels:
         from k1.kernels.sample import sample_fused
 

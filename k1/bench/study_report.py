@@ -40,6 +40,14 @@ class Table:
     headers: list[str]
     rows: list[list[str]]
 
+    def markdown(self) -> list[str]:
+        """Write it as lines of Markdown."""
+        lines = [f"{self.title[0].upper()}{self.title[1:]}:", ""]
+        lines.append("| " + " | ".join(self.headers) + " |")
+        lines.append("|---" * len(self.headers) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return [*lines, ""]
+
 
 def mean_bits(method: dict[str, Any], domains: list[str]) -> np.ndarray:
     """Mean bits per byte over domains: [points, seeds], NaN where a run has diverged."""
@@ -258,9 +266,5 @@ def markdown(record: dict[str, Any]) -> str:
     for name, found in tables(record).items():
         lines += [f"### {headings(record)[name]}", ""]
         for table in found:
-            lines += [f"{table.title[0].upper()}{table.title[1:]}:", ""]
-            lines.append("| " + " | ".join(table.headers) + " |")
-            lines.append("|---" * len(table.headers) + "|")
-            lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-            lines.append("")
+            lines += table.markdown()
     return "\n".join(lines)

@@ -1,0 +1,232 @@
+"""What the rows of an experiment say: tables for people, and the page of results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from k1.bench.study_report import Table
+from k1.experiments import metrics
+from k1.experiments.significance import holm, interval, paired_p
+from k1.row_file import Row
+
+NONE = "-"
+Setting = tuple[float, float]
+Pair = tuple[tuple[str, ...], int]
+"""Order and seed: runs of two methods that have these in common are compared."""
+SLACK = (0.0, 2.0, 5.0, 10.0)
+"""Per cent more new-domain bits than dense at which methods' forgetting is compared."""
+
+MEASURES: dict[str, Callable[[metrics.Matrix], float]] = {
+    "final": metrics.final_bits,
+    "new": metrics.new_domain_bits,
+    "forgetting": metrics.average_forgetting,
+    "forgetting %": metrics.forgetting_percent,
+    "perplexity %": metrics.forgetting_perplexity_percent,
+    "BWT": metrics.backward_transfer,
+    "FWT": metrics.forward_transfer,
+    "retention": metrics.retention,
+}
+DIGITS = {"forgetting %": 1, "perplexity %": 1, "retention": 2}
+
+
+def by_setting(rows: Sequence[Row]) -> dict[str, dict[Setting, list[Row]]]:
+    """Sort rows by method, and by learning rate and strength."""
+    found: dict[str, dict[Setting, list[Row]]] = {}
+    for row in rows:
+        setting = row["lr"], row["strength"]
+        found.setdefault(row["method"], {}).setdefault(setting, []).append(row)
+    return found
+
+
+def measure(row: Row, name: str, view: str) -> float:
+    """One figure of a run."""
+    if name == "anytime":
+        return metrics.average_anytime(_curve(row))
+    if name == "gap":
+        return metrics.stability_gap(_matrix(row, "windows"), _curve(row))
+    return MEASURES[name](_matrix(row, view))
+
+
+def _matrix(row: Row, view: str) -> metrics.Matrix:
+    return metrics.as_matrix(row["bits"][view])
+
+
+def _curve(row: Row) -> list[metrics.Point]:
+    return [(phase, [math.nan if b is None else b for b in bits]) for phase, bits in row["curve"]]
+
+
+def best_settings(rows: Sequence[Row]) -> dict[str, Setting]:
+    """For each method the learning rate and strength with the least mean bits at the end."""
+
+    def loss(runs: list[Row]) -> float:
+        mean = statistics.fmean(measure(row, "final", "windows") for row in runs)
+        return mean if math.isfinite(mean) else math.inf
+
+    return {
+        method: min(settings, key=lambda s: (loss(settings[s]), s))
+        for method, settings in by_setting(rows).items()
+    }
+
+
+def best_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs of each method at its best setting."""
+    sorted_rows, best = by_setting(rows), best_settings(rows)
+    return {method: sorted_rows[method][setting] for method, setting in best.items()}
+
+
+def paired(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Runs of two methods with the same order and seed."""
+    other: dict[Pair, Row] = {(tuple(row["order"]), row["seed"]): row for row in theirs}
+    keys = [(tuple(row["order"]), row["seed"]) for row in mine]
+    return [(row, other[key]) for row, key in zip(mine, keys, strict=True) if key in other]
+
+
+def main_table(rows: Sequence[Row], view: str) -> Table:
+    """What is learnt and what is forgotten, in one view."""
+    names = ["final", "new", *(n for n in MEASURES if n not in ("final", "new"))]
+    names += ["anytime", "gap"] if view == "windows" else []
+    lines = []
+    for method, runs in best_rows(rows).items():
+        cells = [
+            interval([measure(row, name, view) for row in runs]).show(DIGITS.get(name, 3))
+            for name in names
+        ]
+        setting = f"{runs[0]['lr']:.3g}"
+        if runs[0]["strength"]:
+            setting += f" / {runs[0]['strength']:.3g}"
+        lines.append([method, setting, str(len(runs)), *cells])
+    title = {
+        "windows": "random windows: mean bits per byte at the end, of new domains after their "
+        "phase; what earlier ones lose, in bits, in per cent of bits, of perplexity; transfers; "
+        "share of what was learnt that is left; mean over evaluations; worst loss within a phase",
+        "passages": "documents read from their start, the router's evidence carried on: the same",
+    }[view]
+    return Table(title, ["method", "lr", "runs", *names], lines)
+
+
+def domain_table(rows: Sequence[Row], view: str) -> Table:
+    """Who forgets what: bits of each domain after its phase and at the end."""
+    best = best_rows(rows)
+    domains = list(next(iter(best.values()))[0]["order"])
+    lines = []
+    for method, runs in best.items():
+        cells = []
+        for domain in domains:
+            pairs = []
+            for row in runs:
+                r, j = _matrix(row, view), row["order"].index(domain)
+                pairs.append((float(metrics.learnt(r)[j]), float(r[-1, j])))
+            own, last = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+            cells.append(f"{own:.3f} -> {last:.3f} ({100 * (last / own - 1):+.1f} %)")
+        lines.append([method, *cells])
+    title = f"each domain after its own phase -> at the end, bits per byte, {view}"
+    return Table(title, ["method", *domains], lines)
+
+
+def cost_table(rows: Sequence[Row], reference: str) -> Table:
+    """What the runs cost."""
+    best = best_rows(rows)
+    base = best[reference]
+
+    def mean(runs: list[Row], name: str) -> float:
+        return statistics.fmean(row[name] for row in runs)
+
+    lines = [
+        [
+            method,
+            " ".join(str(s) for s in runs[0]["steps"]),
+            f"{mean(runs, 'flops') / mean(base, 'flops'):.2f}",
+            f"{mean(runs, 'parameters') / mean(base, 'parameters'):.2f}",
+            f"{mean(runs, 'moved'):.1%}",
+            f"{sum(row['seconds'] / row['lanes'] for row in runs) / len(runs):.1f}",
+        ]
+        for method, runs in best.items()
+    ]
+    headers = ["method", "steps", "FLOPs", "parameters", "moved", "seconds"]
+    title = (
+        f"cost: steps by phase; executed FLOPs and living parameters as a multiple of "
+        f"{reference}'s; share of the parameters that a step moves; seconds a run, of those side "
+        "by side"
+    )
+    return Table(title, headers, lines)
+
+
+def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
+    """Forgetting at matched new-domain bits, along each method's sweep."""
+    settings = by_setting(rows)
+    goal = min(_mean(runs, "new", view) for runs in settings[reference].values())
+    lines = []
+    for method, found in settings.items():
+        points = [
+            (_mean(runs, "new", view), _mean(runs, "forgetting %", view)) for runs in found.values()
+        ]
+        at = [metrics.harm_at(points, goal * (1 + slack / 100)) for slack in SLACK]
+        best = min(point[0] for point in points)
+        cells = [NONE if harm is None else f"{harm:.1f}" for harm in at]
+        lines.append([method, str(len(points)), f"{100 * (best / goal - 1):+.1f} %", *cells])
+    headers = ["method", "points", "best new", *(f"+{slack:g} %" for slack in SLACK)]
+    title = (
+        f"forgetting in per cent of bits at new-domain bits of {reference}'s best and somewhat "
+        f"more, between the points of each method's sweep; {NONE}: it does not learn them so "
+        f"well; {view}"
+    )
+    return Table(title, headers, lines)
+
+
+def _mean(runs: Sequence[Row], name: str, view: str) -> float:
+    return statistics.fmean(measure(row, name, view) for row in runs)
+
+
+def test_table(rows: Sequence[Row], reference: str, view: str) -> Table:
+    """Differences to a reference, paired by order and seed."""
+    best = best_rows(rows)
+    names = ("final", "new", "forgetting %")
+    cells: dict[str, list[str]] = {}
+    for name in names:
+        p_values = {}
+        for method, runs in best.items():
+            pairs = paired(runs, best[reference])
+            if method == reference or not pairs:
+                continue
+            mine, theirs = zip(
+                *([measure(row, name, view) for row in pair] for pair in pairs), strict=True
+            )
+            gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
+            cells.setdefault(method, []).append(interval(gaps).show(DIGITS.get(name, 3), sign=True))
+            p_values[method] = paired_p(mine, theirs)
+        for method, p in holm(p_values).items():
+            cells[method].append(NONE if math.isnan(p) else f"{p:.2g}")
+    headers = ["method", *(h for name in names for h in (name, "p"))]
+    title = (
+        f"minus {reference}, paired by order and seed; p by t-test with Holm's correction; {view}"
+    )
+    return Table(title, headers, [[method, *line] for method, line in cells.items()])
+
+
+def tables(rows: Sequence[Row], reference: str) -> list[Table]:
+    """All tables; those against the reference only if there are runs of it."""
+    if not rows:
+        return []
+    found = [main_table(rows, "windows"), main_table(rows, "passages")]
+    found += [domain_table(rows, "windows"), domain_table(rows, "passages")]
+    if any(row["method"] == reference for row in rows):
+        found.append(cost_table(rows, reference))
+        for view in ("windows", "passages"):
+            found.append(frontier_table(rows, reference, view))
+            found.append(test_table(rows, reference, view))
+    return found
+
+
+def markdown(
+    rows: Sequence[Row], reference: str, about: Sequence[str], what: dict[str, Any]
+) -> str:
+    """Write the page of results."""
+    lines = ["# Results", "", *(f"- {line}" for line in about), ""]
+    for table in tables(rows, reference):
+        lines += table.markdown()
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    lines += ["| method | what |", "|---|---|", *(f"| {name} | {what[name]} |" for name in names)]
+    return "\n".join([*lines, ""])

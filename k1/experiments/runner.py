@@ -1,0 +1,232 @@
+"""Carries an experiment out: runs of a method side by side, a row for each that is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k1.data import TextData
+from k1.durable import canonical_json
+from k1.errors import K1Error
+from k1.experiments.learner import VIEWS, Learner, Run
+from k1.experiments.methods import Method, choose_methods
+from k1.experiments.plans import Experiment
+from k1.experiments.stream import Views, orders_of, stream_domains, views
+from k1.flops import step_flops
+from k1.row_file import Row, RowFile
+from k1.sampling import TokenStore
+from k1.topology import Topology
+
+KEY = ("method", "order", "seed", "lr", "strength")
+Chosen = Mapping[str, tuple[float, float]]
+"""Learning rate and strength of each method."""
+
+
+class OutOfTime(Exception):
+    """The time is used up."""
+
+
+@dataclass
+class Conditions:
+    """Where and how an experiment runs."""
+
+    data: TextData
+    source: str
+    """What the text was loaded from."""
+    device: str
+    pool: str = "validation"
+    lanes: int = 64
+    """Runs side by side, at most."""
+    deadline: float = math.inf
+    """Of `time.monotonic()`."""
+    chosen: Chosen | None = None
+    """Run these settings of each method alone."""
+    say: Callable[[str], None] = lambda line: None
+
+
+def open_rows(experiment: Experiment, conditions: Conditions, path: Path | None) -> RowFile:
+    """Open the results file of an experiment.
+
+    Raises:
+        K1Error: if it holds results of another one, or of methods that were other ones.
+    """
+    head = {
+        "kind": "experiment",
+        "settings": experiment.settings(),
+        "config": experiment.config("builtin").to_dict(),  # which text, its digest tells
+        "data": conditions.data.fingerprint,
+        "pool": conditions.pool,
+        "device": conditions.device,
+    }
+    file = RowFile(path, head, KEY)
+    now = {name: identity(method) for name, method in known_methods(file).items()}
+    for row in file.rows.values():
+        if now.get(row["method"]) != row["identity"]:
+            raise K1Error(
+                f"{path} holds runs of a {row['method']} that is defined otherwise now: name "
+                "another file"
+            )
+    return file
+
+
+def known_methods(file: RowFile) -> dict[str, Method]:
+    """The methods that a file has rows of."""
+    names = [row["method"] for row in file.rows.values()]
+    return {method.name: method for method in choose_methods(names)}
+
+
+def identity(method: Method) -> str:
+    """Digest of what a method is told to do, which its code's changes do not show in."""
+    told = {
+        name: value
+        for name, value in vars(method).items()
+        if name not in ("name", "what", "strengths", "learner")
+    }
+    text = canonical_json({**told, "learner": method.learner.__name__})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_experiment(experiment: Experiment, conditions: Conditions, file: RowFile) -> list[Row]:
+    """Make all runs that are not in the file yet, as long as there is time.
+
+    Returns:
+        The rows of the experiment that there are, in its order.
+
+    Raises:
+        K1Error: for unknown methods or orders, text too short, or a file that cannot be written.
+    """
+    config = experiment.config(conditions.source)
+    orders = orders_of(stream_domains(conditions.data), experiment.orders)
+    store = TokenStore(conditions.data, config.model.context, conditions.device)
+    seen = views(store, conditions.pool, config.train.eval_windows, experiment.passage)
+    planned: list[Run] = []
+    with file.lock():
+        for method in choose_methods(experiment.methods):
+            runs = experiment.runs(method, orders)
+            if conditions.chosen is not None:
+                runs = [r for r in runs if conditions.chosen[method.name] == (r.lr, r.strength)]
+            planned += runs
+            missing = [run for run in runs if file.key(as_row(run)) not in file.rows]
+            for first in range(0, len(missing), conditions.lanes):
+                group = missing[first : first + conditions.lanes]
+                learner = method.learner(
+                    method,
+                    config,
+                    store,
+                    conditions.data.vocab_size,
+                    group,
+                    conditions.device,
+                    **method.options,
+                )
+                try:
+                    rows = go_through(learner, experiment, seen, conditions.deadline)
+                except OutOfTime:
+                    conditions.say(f"{method.name}: out of time")
+                    break
+                for row in rows:
+                    file.add({**row, "identity": identity(method)})
+                conditions.say(f"{method.name}: {len(rows)} runs, {rows[0]['seconds']:.0f} s")
+    keys = [file.key(as_row(run)) for run in planned]
+    return [file.rows[key] for key in keys if key in file.rows]
+
+
+def as_row(run: Run) -> Row:
+    """The part of a row that tells which run it is of."""
+    return {
+        "method": run.method,
+        "order": list(run.order),
+        "seed": run.seed,
+        "lr": run.lr,
+        "strength": run.strength,
+    }
+
+
+def budget(learner: Learner, experiment: Experiment) -> float:
+    """Operations that a dense run of the starting tree uses in a phase."""
+    model = learner.base.model
+    tree = Topology.full(model.branching, model.level_capacity, model.max_children)
+    config = learner.base.replace(update={"mode": "dense"})
+    return experiment.steps * step_flops(config, learner.arena.vocab_size, len(tree.blocks), 0)
+
+
+def go_through(
+    learner: Learner, experiment: Experiment, seen: Views, deadline: float = math.inf
+) -> list[Row]:
+    """Take a method's runs through their streams; returns a row for each.
+
+    Raises:
+        OutOfTime: if the time is used up before they are done.
+    """
+    began, lanes, phases = time.monotonic(), range(learner.lanes), len(learner.runs[0].order)
+    matrix: dict[str, list[list[list[float]]]] = {view: [] for view in VIEWS}
+    curve: list[tuple[int, list[list[float]]]] = []
+    steps: list[int] = []
+    allowed = budget(learner, experiment)
+    for phase in range(phases):
+        learner.begin(phase)
+        if phase == 0:
+            for view in VIEWS:
+                matrix[view].append(learner.measure(seen, view))
+        total = experiment.steps
+        if experiment.equal_flops:
+            total = max(1, round(allowed / learner.step_flops()))
+        done = 0
+        for share in (*experiment.checks, 1.0):
+            goal = max(done + 1, round(share * total))
+            if goal > total:
+                continue
+            advance(learner, done, goal, total, deadline)
+            done = goal
+            if done < total:
+                curve.append((phase, learner.measure(seen, "windows")))
+        learner.end()
+        for view in VIEWS:
+            matrix[view].append(learner.measure(seen, view))
+        curve.append((phase, matrix["windows"][-1]))
+        steps.append(total)
+    seconds = time.monotonic() - began
+    a = learner.arena
+    return [
+        {
+            **as_row(learner.runs[lane]),
+            "bits": {v: [_plain(m[lane]) for m in matrix[v]] for v in VIEWS},
+            "curve": [[phase, _plain(bits[lane])] for phase, bits in curve],
+            "steps": steps,
+            "flops": learner.flops[lane],
+            "parameters": learner.parameters(lane),
+            "blocks": len(a.trees[lane].blocks),
+            "moved": learner.moved[lane],
+            "skipped": int(a["skipped"][lane]),
+            "seconds": seconds,
+            "lanes": learner.lanes,
+        }
+        for lane in lanes
+    ]
+
+
+STRETCH = 50
+"""Steps between looks at the clock."""
+
+
+def advance(learner: Learner, done: int, goal: int, total: int, deadline: float) -> None:
+    """Train from one step to another, with looks at the clock.
+
+    Raises:
+        OutOfTime: if the time is used up.
+    """
+    while done < goal:
+        if time.monotonic() > deadline:
+            raise OutOfTime
+        count = min(STRETCH, goal - done)
+        learner.train(done, count, total)
+        done += count
+
+
+def _plain(values: Sequence[float]) -> list[Any]:
+    """Figures that JSON can hold: None for one that is not finite."""
+    return [value if math.isfinite(value) else None for value in values]

@@ -1,0 +1,235 @@
+"""Experiments: plans, rows that are neither lost nor doubled, tables, and the command."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from k1.data import TextData
+from k1.errors import ConfigError, K1Error
+from k1.experiments import methods, report
+from k1.experiments.methods import METHODS
+from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
+from k1.experiments.runner import Conditions, open_rows, run_experiment
+from k1.experiments.tuning import read_tuned
+from k1.row_file import RowFile
+from tests.phase2_helpers import ROOT, call
+
+SCRIPT = ROOT / "scripts" / "experiment.py"
+SHORT = Experiment(
+    "short",
+    "for tests",
+    ("dense", "k1-evidence-grow"),
+    preset="tiny",
+    sections={"model": {"spare": 1.0}, "train": {"eval_windows": 4}},
+    steps=4,
+    rates=(1e-3, 3e-3),
+    seeds=2,
+    orders="1,2",
+    checks=(0.5,),
+    passage=2,
+)
+
+
+@pytest.fixture
+def conditions(data: TextData) -> Conditions:
+    return Conditions(data, "builtin", "cpu")
+
+
+def test_plans_name_methods_that_there_are():
+    assert len({e.name for e in EXPERIMENTS}) == len(EXPERIMENTS)
+    for experiment in EXPERIMENTS:
+        assert methods.choose_methods(experiment.methods)
+        experiment.config("builtin")
+        assert json.dumps(experiment.settings())
+
+
+def test_seeds_take_the_orders_in_turn():
+    runs = SHORT.runs(METHODS["dense"], [("a", "b"), ("b", "a")])
+    assert [(r.seed, r.order, r.lr) for r in runs] == [
+        (1, ("a", "b"), 1e-3), (1, ("a", "b"), 3e-3), (2, ("b", "a"), 1e-3), (2, ("b", "a"), 3e-3),
+    ]  # fmt: skip
+    assert len(SHORT.runs(METHODS["ewc"], [("a", "b")])) == 12
+
+
+def test_impossible_plans_are_refused():
+    with pytest.raises(ConfigError, match="no experiment 'x': choose from ci"):
+        choose_experiment("x")
+    with pytest.raises(ConfigError, match="a step and a seed"):
+        choose_experiment("ci", steps=0)
+    with pytest.raises(ConfigError, match="learning rates"):
+        choose_experiment("ci", rates=(math.nan,))
+
+
+def test_methods_run_for_as_many_flops_as_dense(conditions: Conditions):
+    rows = run_experiment(SHORT, conditions, open_rows(SHORT, conditions, None))
+    steps = {row["method"]: row["steps"] for row in rows}
+    assert steps["dense"] == [4, 4, 4]
+    flops = {row["method"]: row["flops"] for row in rows}
+    assert flops["k1-evidence-grow"] / flops["dense"] == pytest.approx(1, abs=0.15)
+    grown = next(row for row in rows if row["method"] == "k1-evidence-grow")
+    assert grown["blocks"] == 13  # two more nodes with two leaves each
+    assert all(len(row["curve"]) == 6 for row in rows)
+    assert all(row["curve"][-1][1] == row["bits"]["windows"][-1] for row in rows)
+
+
+def test_a_resumed_experiment_has_the_same_rows_once(conditions: Conditions, tmp_path: Path):
+    whole = run_experiment(SHORT, conditions, open_rows(SHORT, conditions, tmp_path / "a"))
+    file = tmp_path / "b"
+    part = replace(SHORT, seeds=1, methods=("k1-evidence-grow",))
+    assert len(run_experiment(part, conditions, open_rows(part, conditions, file))) == 2
+    text = file.read_text()
+    file.write_text(text + '{"method": "den')  # a crash
+    again = run_experiment(SHORT, conditions, open_rows(SHORT, conditions, file))
+    assert len(again) == 8 and file.read_text().startswith(text)
+    assert len(file.read_text().splitlines()) == 9
+
+    def plain(rows):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "lanes")} for row in rows]
+
+    assert plain(again) == plain(whole)
+    before = file.read_bytes()
+    assert run_experiment(SHORT, conditions, open_rows(SHORT, conditions, file)) == again
+    assert file.read_bytes() == before
+
+
+def test_what_is_out_of_time_leaves_no_row(conditions: Conditions, tmp_path: Path):
+    late = replace(conditions, deadline=-1.0)
+    assert run_experiment(SHORT, late, open_rows(SHORT, late, tmp_path / "a")) == []
+    assert len((tmp_path / "a").read_text().splitlines()) == 1
+
+
+def test_results_of_something_else_are_refused(conditions, tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    one = replace(SHORT, methods=("dense",), seeds=1, rates=(1e-3,))
+    run_experiment(one, conditions, open_rows(one, conditions, file))
+    open_rows(SHORT, conditions, file)  # more seeds and methods are welcome
+    longer, test = replace(SHORT, steps=5), replace(conditions, pool="test")
+    with pytest.raises(K1Error, match="other settings: name another file"):
+        open_rows(longer, conditions, file)
+    with pytest.raises(K1Error, match="other pool"):
+        open_rows(SHORT, test, file)
+    changed = replace(METHODS["dense"], replay=0.5)
+    monkeypatch.setitem(METHODS, "dense", changed)
+    with pytest.raises(K1Error, match="dense that is defined otherwise"):
+        open_rows(SHORT, conditions, file)
+
+
+def test_a_row_file_keeps_each_row_once_and_one_writer(tmp_path: Path):
+    file = RowFile(tmp_path / "a", {"kind": "x"}, ("name", "at"))
+    file.add({"name": "a", "at": [1, 2], "value": 3})
+    with pytest.raises(ValueError, match="already"):
+        file.add({"name": "a", "at": (1, 2), "value": 4})
+    again = RowFile(tmp_path / "a", {"kind": "x"}, ("name", "at"))
+    assert list(again.rows) == [("a", (1, 2))]
+    with file.lock():
+        message = refusal_of(again)
+    assert "another process" in message
+    with again.lock():
+        pass
+    (tmp_path / "a").write_text((tmp_path / "a").read_text() + '{"name": "a"}\n')
+    with pytest.raises(K1Error, match="no record"):
+        RowFile(tmp_path / "a", {"kind": "x"}, ("name", "at"))
+
+
+def refusal_of(file: RowFile) -> str:
+    with pytest.raises(K1Error) as caught, file.lock():
+        pass
+    return str(caught.value)
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def row(method, seed, lr, matrix, **more):
+    bits = {view: matrix for view in ("windows", "passages")}
+    return {
+        "method": method, "order": ["a", "b"], "seed": seed, "lr": lr, "strength": 0.0,
+        "bits": bits, "curve": [[0, matrix[1]], [1, matrix[2]]], "steps": [4, 4], "flops": 2.0,
+        "parameters": 3, "moved": 0.5, "seconds": 6.0, "lanes": 2, **more,
+    }  # fmt: skip
+
+
+ROWS = [
+    *(row("dense", s, 1e-3, [[8, 8], [2, 7], [4 + s, 2]]) for s in (1, 2)),
+    *(row("dense", s, 3e-3, [[8, 8], [2, 7], [7, 1.9]]) for s in (1, 2)),
+    *(row("calm", s, 1e-3, [[8, 8], [2, 7], [2.1 + s / 10, 2.1]], flops=1.0) for s in (1, 2)),
+]
+
+
+def test_the_best_setting_has_the_least_mean_at_the_end():
+    assert report.best_settings(ROWS) == {"dense": (1e-3, 0.0), "calm": (1e-3, 0.0)}
+    diverged = [row("dense", 1, 1.0, [[8, 8], [2, 7], [None, 0.1]]), *ROWS]
+    assert report.best_settings(diverged)["dense"] == (1e-3, 0.0)
+
+
+def test_tables_say_who_forgets_and_at_what_price():
+    main = {line[0]: line for line in report.main_table(ROWS, "windows").rows}
+    assert main["dense"][1:3] == ["0.001", "2"] and main["dense"][5].startswith("3.500")
+    who = {line[0]: line for line in report.domain_table(ROWS, "windows").rows}
+    assert who["dense"][1] == "2.000 -> 5.500 (+175.0 %)"
+    cost = {line[0]: line for line in report.cost_table(ROWS, "dense").rows}
+    assert cost["calm"] == ["calm", "4 4", "0.50", "1.00", "50.0%", "3.0"]
+    line = {r[0]: r for r in report.frontier_table(ROWS, "dense", "windows").rows}
+    assert line["dense"][2:] == ["+0.0 %", "250.0", "221.5", "178.8", "175.0"]
+    assert line["calm"][2:5] == ["+10.5 %", "-", "-"]
+    tests = {r[0]: r for r in report.test_table(ROWS, "dense", "windows").rows}
+    assert list(tests) == ["calm"]
+    assert tests["calm"][3].startswith("+0.100") and tests["calm"][5].startswith("-162.5")
+
+
+def test_the_page_has_every_table_and_what_methods_are():
+    text = report.markdown(ROWS, "dense", ["Command: `x`."], {"dense": "D", "calm": "C"})
+    assert text.startswith("# Results\n\n- Command: `x`.")
+    assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 10
+    assert "| calm | C |" in text
+    assert report.tables([], "dense") == []
+    assert len(report.tables(ROWS[-2:], "dense")) == 4  # without runs of the reference
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp_path: Path):
+    results = tmp_path / "tune.jsonl"
+    short = ["--quick", "--device", "cpu", "--seeds", "1", "--steps"]
+    options = [*short, "4", "--results", results]
+    first = call(SCRIPT, *options, "--methods", "dense,k1-own-grow")
+    assert first.returncode == 0, first.stderr
+    assert len(results.read_text().splitlines()) == 3
+    again = call(SCRIPT, *options, "--methods", "dense,k1-own-grow,ewc",
+                 "--markdown", tmp_path / "results.md")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "ewc: 3 runs" in again.stdout and "dense: 1 runs" not in again.stdout
+    page = (tmp_path / "results.md").read_text()
+    assert page.startswith("# Results") and "k1-own-grow" in page and str(tmp_path) not in page
+    wrong = call(SCRIPT, *short, "7", "--results", results)
+    assert wrong.returncode == 2 and "other settings" in wrong.stderr
+    final = call(SCRIPT, *short, "4", "--methods", "dense,ewc", "--test", "--tuned", results,
+                 "--results", tmp_path / "final.jsonl")  # fmt: skip
+    assert final.returncode == 0, final.stderr
+    rows = [json.loads(line) for line in (tmp_path / "final.jsonl").read_text().splitlines()]
+    assert rows[0]["pool"] == "test" and len(rows) == 3  # one strength of ewc
+    best = read_tuned(results, choose_experiment("ci", methods=("ewc",), steps=4))
+    assert rows[2]["strength"] == best["ewc"][1]
+
+
+def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
+    for options, reason in (
+        (["nothing"], "no experiment"),
+        (["--quick", "--test"], "give --tuned"),
+        (["--quick", "--rates", "a"], "numbers apart by commas"),
+        (["--quick", "--tuned", tmp_path / "none"], "cannot be read as results"),
+    ):
+        done = call(SCRIPT, *options)
+        assert done.returncode == 2 and reason in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_list_names_all(tmp_path: Path):
+    done = call(SCRIPT, "--list")
+    assert done.returncode == 0
+    for name in (*METHODS, *(e.name for e in EXPERIMENTS)):
+        assert name in done.stdout
