@@ -111,7 +111,7 @@ class Learner:
             self.arena.set_hyper(lane, "lr", run.lr * (self.later_lr if phase else 1.0))
             shares = self.mix(run.order)
             row = [shares.get(domain, 0.0) for domain in self.store.domains]
-            self.arena["mix"][lane] = torch.tensor(row, device=self.arena.device)
+            self.arena.set_mix(lane, tuple(row))
         if phase:  # a recorded step has the last phase's settings in it
             self.engine = self.make_engine()
 
