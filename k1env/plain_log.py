@@ -39,7 +39,7 @@ class PlainLog(Watch):
         """Say what begins or goes on."""
         super().start(session)
         assert self.view is not None
-        at, budget = self.view.stage, f"{self.view.budget:,} training steps"
+        at, budget = self.view.stage, f"{self.view.budget:,} training steps, copies' included"
         self._say(f"K-1 Phase 2 | stage {at} of {len(STAGES)}: {STAGES[at - 1]} | {budget}")
         self._say(f"E is the evidence (a stage opens at 100 or more); {GLOSSARY}")
 
@@ -101,7 +101,8 @@ def final_report(summary: Mapping[str, Any], run_dir: str | Path | None = None) 
         lines.append(f"{'':17}stage {entry['stage']} at decision {entry['decision']}: {how}")
     tried, won = summary.get("cheats_attempted", 0), summary.get("cheats_accepted", 0)
     evidence = number(summary.get("evidence"))
-    lines.append(f"Cheats           {won} of {tried} succeeded; evidence in this stage {evidence}")
+    came = f"{won} of {tried} succeeded" if tried else "none tried"
+    lines.append(f"Cheats           {came}; evidence in this stage {evidence}")
     ends = f"{summary.get('agents_start', 'n/a')} -> {summary.get('agents_end', 'n/a')}"
     lines += [f"Agents           {ends}", "Bits per byte    (validation, lower is better)"]
     start = summary.get("bits_per_byte_start") or {}
@@ -115,7 +116,8 @@ def final_report(summary: Mapping[str, Any], run_dir: str | Path | None = None) 
     why = summary.get("stop_reason") or "n/a"
     lines.append(f"Stopped          {why}{f' ({criteria})' if criteria else ''}")
     steps, seconds = number(summary.get("train_steps"), ",.0f"), duration(summary.get("seconds"))
-    lines.append(f"Training         {steps} steps in {seconds}")
+    copies = number(summary.get("lane_steps"), ",.0f")
+    lines.append(f"Training         {steps} steps, {copies} with all copies, in {seconds}")
     skipped, rollbacks = summary.get("skipped_steps", 0), summary.get("rollbacks", 0)
     if skipped or rollbacks:
         lines.append(f"Divergence       {skipped} steps skipped, {rollbacks} rollbacks")

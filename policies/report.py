@@ -137,6 +137,7 @@ def markdown(result: dict[str, Any], about: Sequence[str]) -> str:
 
 def show(result: dict[str, Any], console: Any) -> None:
     """Print the tables to a `rich` console."""
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     for table in tables(result):
@@ -144,5 +145,5 @@ def show(result: dict[str, Any], console: Any) -> None:
         for i, header in enumerate(table.headers):
             shown.add_column(header, justify="left" if i == 0 else "right")
         for row in table.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(escape, row))
         console.print(shown)

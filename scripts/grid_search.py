@@ -61,6 +61,8 @@ def main(arguments: Arguments) -> int:
                 grid[name] = tuple(float(value) for value in given.split(","))
             except ValueError:
                 raise K1Error(f"--{name} {given}: give numbers, such as 1,3") from None
+            if not all(0 <= value < math.inf for value in grid[name]):
+                raise K1Error(f"--{name} {given}: give finite numbers, 0 or more")
     settings = settings_of(grid)
     if arguments.worlds.partition("/")[0] != "train":
         raise K1Error(f"--worlds {arguments.worlds}: settings are chosen on train worlds only")
@@ -76,6 +78,8 @@ def main(arguments: Arguments) -> int:
         split="validation",
     )
     limit = math.inf if arguments.max_minutes is None else arguments.max_minutes
+    if not limit > 0:
+        raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
     with episodes_bar() as progress:
         done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
     found = choose(done.records, settings)

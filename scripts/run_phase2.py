@@ -75,7 +75,7 @@ def main(arguments: Arguments) -> int:
     from k1env.dashboard import make_display
     from k1env.env import Phase2Env
     from k1env.plain_log import final_report
-    from k1env.runner import Runner
+    from k1env.runner import TIME_SPENT, Runner
     from k1env.settings import Settings
 
     if settings["seed"] < 0:
@@ -123,6 +123,8 @@ def main(arguments: Arguments) -> int:
         print(json.dumps(summary, indent=2))
     else:
         print(final_report(summary, folder.path))
+        if summary["stop_reason"] == TIME_SPENT:
+            print(f"Go on with       python scripts/run_phase2.py --run-dir {folder.path} --resume")
     return 0
 
 

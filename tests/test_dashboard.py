@@ -36,6 +36,7 @@ SUMMARY: dict[str, Any] = {
     "stop_reason": "the controller stopped",
     "stop_criteria": ["loss plateau", "own benchmark stable"],
     "train_steps": 1234,
+    "lane_steps": 9876,
     "seconds": 75.2,
     "state_hash": "ab" * 32,
 }
@@ -323,7 +324,7 @@ def test_the_report_says_how_it_went() -> None:
         "4.000 -> 3.000 (-25.0 %)",
         "n/a -> n/a (n/a)",
         "the controller stopped (loss plateau, own benchmark stable)",
-        "1,234 steps in 1:15",
+        "1,234 steps, 9,876 with all copies, in 1:15",
     ):
         assert words in report
     assert report.endswith("replay.py runs/1")
