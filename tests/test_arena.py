@@ -104,7 +104,7 @@ def test_tensors_of_all_kinds_are_copied_together() -> None:
     assert where == [t.data_ptr() for t in targets]
     targets[0].fill_(9)
     assert not (sources[0] == 9).any()
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         copy_all(targets, sources[1:])
 
 
@@ -141,7 +141,7 @@ def change(arena: Arena, lane: int) -> None:
     arena.set_hyper(lane, "top_k", lane + 11)
     arena._mix[lane] = None
     tree = arena.trees[lane]
-    tree.insert(1)
+    tree.remove(1)
     arena.set_tree(lane, tree)
 
 
@@ -157,7 +157,7 @@ def test_a_lane_that_was_read_or_written_shares_nothing() -> None:
     assert arena.hash_lane(2) == wanted, "neither lane reached the copy"
     for tensor in saved.tensors.values():
         tensor.zero_()
-    saved.tree.insert(1)
+    saved.tree.remove(1)
     assert arena.hash_lane(2) == wanted, "nor the copy the lane"
     arena.set_mix(2, MIXES[1])
     check_host(arena)
@@ -171,7 +171,7 @@ def test_a_state_of_ones_own_is_not_cloned_but_a_lent_one_is() -> None:
     kept, wanted = lent.own(), arena.hash_lane(0)
     assert not kept.lent and kept.own() is kept
     change(arena, 0)
-    lent.tree.insert(1)
+    lent.tree.remove(1)
     arena.write_lane(1, kept)
     assert arena.hash_lane(1) == wanted
 
