@@ -75,7 +75,8 @@ def main(arguments: Arguments) -> int:
             raise K1Error(f"--{name.replace('_', '-')} {value} is not possible: 0 or more")
     if arguments.resume:
         _refuse_others(sys.argv[1:])
-    from policies.training import TIME_SPENT, Plan, Training, TrainingFolder
+    from k1.checkpoint import checkpoint_exists
+    from policies.training import RESUME, TIME_SPENT, Plan, Training, TrainingFolder
     from policies.training_display import TrainingDisplay
 
     if arguments.resume:
@@ -105,7 +106,12 @@ def main(arguments: Arguments) -> int:
                 save_minutes=arguments.save_minutes,
             )
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Go on from the newest state with:\n  {unchanged}", file=sys.stderr)
+        message = f"Go on from the newest state with:\n  {unchanged}"
+        if arguments.save_minutes is None and not checkpoint_exists(
+            folder.checkpoints_path / RESUME
+        ):
+            message = "With --save-minutes None, there is no state to go on from."
+        print(f"\nInterrupted. {message}", file=sys.stderr)
         return INTERRUPTED
     print(f"{summary['stop_reason']}: {summary['updates']} updates, {summary['steps']:,} decisions")
     paused = summary["stop_reason"] == TIME_SPENT

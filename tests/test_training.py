@@ -27,7 +27,8 @@ from policies.ppo_settings import PPOSettings
 from policies.training import ALL_STEPS, TIME_SPENT, Plan, Training, TrainingFolder
 from policies.training_display import TrainingDisplay
 from policies.validation import Validation, validate
-from tests.phase2_helpers import prepare_run, quick, summary_of, write_text
+from tests.phase2_helpers import PPO, prepare_run, quick, summary_of, write_text
+from tests.phase2_helpers import call as call_script
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_tensorboard_that_is_asked_for_has_to_be_there(
 
 
 def test_impossible_plans_are_refused(text: Path) -> None:
-    for field in ("num_envs", "steps", "eval_every", "eval_worlds"):
+    for field in ("num_envs", "steps", "eval_every", "eval_worlds", "starts"):
         with pytest.raises(K1Error, match=f"{field} = 0 is not possible"):
             plan(text, **{field: 0})
     for seed in (-1, 2**32):
@@ -267,6 +268,52 @@ def test_what_it_says_to_go_on_by(
     monkeypatch.setattr(Training, "_learn", interrupted)
     assert call("--resume", "--steps", "600") == 130
     assert capsys.readouterr().err.endswith(f"with:\n  {again} --steps 600\n")
+
+
+def test_without_states_weights_are_left_and_no_way_to_go_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module("scripts.train_ppo")
+
+    def call(path: Path, *words: str) -> int:
+        words = ("--run-dir", str(path), *words)
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", *words])
+        status: int = script.main(tyro.cli(script.Arguments, config=(tyro.conf.OmitArgPrefixes,)))
+        return status
+
+    def new(name: str) -> Path:
+        config = {"plan": plan(text, steps=12, starts=1).to_dict(), "tensorboard": False}
+        return TrainingFolder.create(tmp_path / name, config, ["test"]).path
+
+    whole, cut = new("whole"), new("cut")
+    assert call(whole, "--resume", "--save-minutes", "None") == 0
+    assert "go on" not in capsys.readouterr().out
+    places = whole / "checkpoints"
+    assert {"best", "last"} <= {place.name for place in places.iterdir()}
+    assert not (places / "resume").exists()
+    assert load_controller(places / "last").about["update"] == 2
+    assert make_policy(str(whole), ["no-op", "stop"]).state_dict().keys() == {"weights"}
+
+    def files() -> dict[Path, bytes]:
+        found = (path for path in whole.rglob("*") if path.is_file() and path.suffix != ".lock")
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
+    done = call_script(PPO, "--run-dir", whole, "--resume")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and not done.stdout
+    assert done.stderr.count("\n") == 1 and "in another --run-dir" in done.stderr
+    assert files() == before
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_learn", interrupted)
+    assert call(cut, "--resume", "--save-minutes", "None") == 130
+    assert "Interrupted. With --save-minutes None, there is no state" in capsys.readouterr().err
+    assert call(cut, "--resume") == 130, "nothing was trained yet, so that nothing is lost"
+    assert "Go on from the newest state with:" in capsys.readouterr().err
+    assert call(cut, "--resume", "--save-minutes", "None") == 130
+    assert "Go on from the newest state with:" in capsys.readouterr().err, "it has one from before"
 
 
 def test_the_command_line(

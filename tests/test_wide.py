@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_ranges_are_never_too_wide(some: set[int], length: int) -> None:
                          (set(range(length + 1)), length + 1)):  # fmt: skip
         ranges = cover(sorted(lanes), total)
         assert all(0 <= low < high <= total and high - low <= WIDEST for low, high in ranges)
-        assert all(one[1] <= other[0] for one, other in zip(ranges, ranges[1:], strict=False))
+        assert all(one[1] <= other[0] for one, other in pairwise(ranges))
         assert lanes <= {lane for low, high in ranges for lane in range(low, high)}
         assert all(any(low <= lane < high for lane in lanes) for low, high in ranges)
 
