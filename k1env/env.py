@@ -58,7 +58,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     `info["permitted_mask"]` tells what the stage permits. An impossible one costs and does nothing.
 
     ## Observation space
-    `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
+    `Dict` of `Box(-1, 1)` float32 vectors: `system` (9), `hyper` (6), `boundary` (10), `agents`
     (7 for each slot but the root's) and `domains` (4 for each domain; with instances 4 for each of
     4 places, filled as domains arrive). The fields are named, in order, in `k1env.observation`.
     All are clipped and finite. None is computed from the gate pool.
