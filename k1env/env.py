@@ -15,7 +15,7 @@ from k1.data import TextData
 from k1.errors import K1Error
 from k1env.instances import Choice, Instance
 from k1env.observation import observation_space, observe
-from k1env.outcome import LedgerLike
+from k1env.outcome import UNLOGGED, LedgerLike
 from k1env.schedule import Read, Records, Task, read_records
 from k1env.session import Seat, Session
 from k1env.settings import DEFAULT_INSTANCE, Settings
@@ -58,7 +58,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
     `info["permitted_mask"]` tells what the stage permits. An impossible one costs and does nothing.
 
     ## Observation space
-    `Dict` of `Box(-1, 1)` float32 vectors: `system` (8), `hyper` (6), `boundary` (10), `agents`
+    `Dict` of `Box(-1, 1)` float32 vectors: `system` (9), `hyper` (6), `boundary` (10), `agents`
     (7 for each slot but the root's) and `domains` (4 for each domain; with instances 4 for each of
     4 places, filled as domains arrive). The fields are named, in order, in `k1env.observation`.
     All are clipped and finite. None is computed from the gate pool.
@@ -135,7 +135,6 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self.device, self._start, self._instance = setup.device, setup.start, setup.instance
         self.render_mode, self._ledger = render_mode, ledger
         self._trained: Trained = {}
-        self._most_trained = _MOST_TRAINED
         self._starts: int | None = None
         self._before: tuple[Any, Any] | None = None
         self._can_undo = seat is None
@@ -162,8 +161,16 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             trained: where environments that share it keep their systems as Phase 1 left them.
             starts: how many seeds there are: 0, 1, ...; others stand for these in turn.
         """
-        self._trained, self._most_trained, self._starts = trained, starts, starts
+        self._trained, self._starts = trained, starts
         self.session.keeps_trained = True
+
+    def start_task(self, seed: int) -> Task[None]:
+        """Train the start of a seed; neither the ledger nor the generator of seeds notices."""
+        ledger, self.session.ledger = self.session.ledger, UNLOGGED
+        try:
+            yield from self._begin_task(seed, None)
+        finally:
+            self.session.ledger = ledger
 
     def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
         return Session(
@@ -209,17 +216,21 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         drawn = seed if seed is not None else int(self.np_random.integers(1 << 31))
         if self._starts is not None:
             drawn %= self._starts
-        self.session.rebind(drawn, (options or {}).get("instance"))
-        start = (drawn, self.session.world.instance)
-        self.session.start = self._start or self._trained.get(start)  # Phase 1 is not run twice
+        yield from self._begin_task(drawn, (options or {}).get("instance"))
+        return (yield from self._observe_task())
+
+    def _begin_task(self, seed: int, instance: Choice | None) -> Task[None]:
+        """Begin an episode, with Phase 1 where it has not been run for the seed and the world."""
+        self.session.rebind(seed, instance)
+        start = (seed, self.session.world.instance)
+        self.session.start = self._start or self._trained.get(start)
         yield from self.session.begin_task()
         trained = self.session.trained
         if self._start is None and trained is not None and start not in self._trained:
-            while len(self._trained) >= self._most_trained:
+            while self._starts is None and len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
             self._trained[start] = trained
         self._before = None
-        return (yield from self._observe_task())
 
     def step(self, action: int | np.integer) -> StepReturn:
         """Carry out or try an action, then train for an interval.

@@ -70,7 +70,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     all trees to the widest, and equals a single environment to rounding, not to the last bit.
     With `starts`, there are only so many seeds (0, 1, ..., for which others stand in turn), and
     Phase 1 is run once for each, before the first of them: it takes longer than many steps of all
-    environments, and they would wait for each that begins anew.
+    environments, and they would wait for each that begins anew. Environments then have one `config`
+    and one `instance`.
 
     ## Versus one environment
     There is no rendering and no `undo`. `envs` has the single environments, for `fork` and `peek`.
@@ -115,7 +116,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for own, choice in zip(configs, choices, strict=True):
             settings, chosen = settle(first.settings if own is None else own, choice)
             setups.append(replace(first, settings=settings, instance=chosen))
-        _check_alike(setups, data)
+        _check_alike(setups, data, starts)
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
@@ -184,11 +185,9 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def _prepare(self) -> None:
         """Run Phase 1 for all starts, before anything else: so it comes to the same every time."""
         while self._unprepared:
-            now, self._unprepared = (
-                self._unprepared[: self.num_envs],
-                self._unprepared[self.num_envs :],
-            )
-            self._scheduler.run([e.reset_task(s) for e, s in zip(self.envs, now, strict=False)])
+            now = self._unprepared[: self.num_envs]
+            self._scheduler.run([e.start_task(s) for e, s in zip(self.envs, now, strict=False)])
+            self._unprepared = self._unprepared[self.num_envs :]
 
     def step_each(self, actions: Any) -> list[Stepped]:
         """Step every environment; returns each one's result.
@@ -360,7 +359,7 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return [*value]
 
 
-def _check_alike(setups: Sequence[Setup], data: Any) -> None:
+def _check_alike(setups: Sequence[Setup], data: Any, starts: int | None) -> None:
     """See that environments can live side by side.
 
     Raises:
@@ -373,6 +372,9 @@ def _check_alike(setups: Sequence[Setup], data: Any) -> None:
         raise K1Error(f"environments side by side have one system but for its {_OWN}")
     if data is None and len({text_of(s.instance, s.settings) for s in setups}) > 1:
         raise K1Error("the instances are about different texts: give data that hold all domains")
+    kinds = [(setup.settings, setup.instance) for setup in setups]
+    if starts is not None and any(kind != kinds[0] for kind in kinds):
+        raise K1Error("starts are for all environments: give them one config and one instance")
 
 
 def _seat(

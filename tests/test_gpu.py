@@ -221,3 +221,78 @@ def test_untouched_blocks_keep_their_bits(make):
     for name, old in before.items():
         assert torch.equal(arena[name][0, still], old[0, still]), name
         assert not torch.equal(arena[name][0, ~still], old[0, ~still]), name
+
+
+@pytest.mark.parametrize("router", ["mean", "evidence"])
+@pytest.mark.parametrize("roomy", [False, True])
+def test_a_recorded_measurement_follows_trees_windows_and_training(make, roomy, router):
+    """Plain and recorded, side by side: all that a recording reads has changed in between."""
+    sections = {"model": {"router": router}, "train": {"eval_windows": 6}}
+    plain, recorded = (engine_of(make, graph=graph, lanes=3, **sections) for graph in (False, True))
+    names = plain.store.domains
+
+    def batch_of(engine, turn):
+        arena = engine.arena
+        cursor = torch.full((3,), turn, dtype=torch.int64, device="cuda")
+        return engine.store.sample("gate", arena["data_seed"], cursor, arena["mix"], 6)
+
+    def change(engine, turn):
+        arena = engine.arena
+        if turn == 1:
+            edits.delete_agent(arena, 0, max(arena.trees[0].blocks))
+        elif turn == 2:
+            edits.add_agent(arena, 1, 0)
+        elif turn == 3:
+            arena.set_hyper(0, "top_k", 9)
+            arena.set_hyper(2, "top_k", 2)
+        elif turn == 4:
+            arena.copy_lane(1, 2)
+            edits.add_agent(arena, 2, max(arena.trees[2].blocks))
+        elif turn == 5:
+            arena.write_lane(0, arena.read_lane(2))
+        elif turn == 6:
+            arena.set_hyper(0, "top_k", arena.config.train.top_k)
+
+    for engine in (plain, recorded):
+        engine.arena.roomy = roomy
+        engine.arena.copy_lane(0, 1, 2)  # what was laid out before is laid out anew
+        for lane in range(3):
+            engine.arena.reset_lane(lane, lane)
+    seen = set()
+    for turn in range(8):
+        found = []
+        for engine in (plain, recorded):
+            change(engine, turn)
+            rows = []
+            for _ in range(2):  # recorded at the second, replayed from then on
+                for start, stop in ((0, 3), (1, 2)):
+                    own = batch_of(engine, turn).map(lambda t, a=start, b=stop: t[a:b])
+                    rows.append(engine.bits_per_byte(start, stop, own))
+                shared = engine.store.spread("validation", names[turn % 3], 6)
+                rows.append(engine.bits_per_byte(0, 3, shared))
+                engine.train(0, 3, 1)
+            found.append(rows)
+        for one, other in zip(*found, strict=True):
+            assert bool(torch.isfinite(one).all()) and torch.equal(one, other), turn
+        seen.update(float(value) for row in found[0] for value in row)
+        hashes = [[e.arena.hash_lane(lane) for lane in range(3)] for e in (plain, recorded)]
+        assert hashes[0] == hashes[1], "and training is not disturbed"
+    assert len(seen) > 60, "each measurement was about something else"
+    measured = [shape for shape in recorded.graphs.shapes if shape[0] == "measure"]
+    assert {shape[1:3] for shape in measured} == {(0, 3), (1, 2)}
+    if roomy:
+        assert len(measured) == 2, "no tree and no top_k up to the room calls for another"
+
+
+def test_a_recorded_measurement_is_the_callers_own(make):
+    """A result is not overwritten by the next replay, nor the windows that were given."""
+    engine = engine_of(make, graph=True, lanes=2)
+    batches = [engine.store.spread("validation", name, 6) for name in engine.store.domains[:2]]
+    before = [batch.inputs.clone() for batch in batches]
+    engine.bits_per_byte(0, 2, batches[0])
+    first = engine.bits_per_byte(0, 2, batches[0])
+    kept = first.clone()
+    other = engine.bits_per_byte(0, 2, batches[1])
+    assert torch.equal(first, kept) and not torch.equal(first, other)
+    assert all(torch.equal(b.inputs, old) for b, old in zip(batches, before, strict=True))
+    assert torch.equal(engine.bits_per_byte(0, 2, batches[0]), kept)

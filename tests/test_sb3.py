@@ -13,6 +13,7 @@ from k1.data import TextData
 from k1.errors import K1Error
 from k1env.env import Phase2Env
 from k1env.instances import Instance
+from k1env.observation import SYSTEM_FIELDS
 from k1env.vector import Phase2VectorEnv
 from tests.phase2_helpers import ROOT, environment, quick
 from tests.vector_helpers import same, scripted, varied
@@ -87,7 +88,7 @@ def test_it_makes_its_environment_itself(data: TextData) -> None:
     from k1env import SB3VecEnv
 
     made = SB3VecEnv(num_envs=2, config=quick(phase1_steps=0), data=data, device="cpu")
-    assert made.num_envs == 2 and made.reset()["system"].shape == (2, 8)
+    assert made.num_envs == 2 and made.reset()["system"].shape == (2, len(SYSTEM_FIELDS))
     with pytest.raises(K1Error, match="preset come too late"):
         SB3VecEnv(made.vec_env, preset="tiny")
     late = Phase2VectorEnv(2, config=quick(), data=data, device="cpu", autoreset_mode="NextStep")

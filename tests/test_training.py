@@ -241,7 +241,7 @@ def test_tensorboard_that_is_asked_for_has_to_be_there(
 
 
 def test_impossible_plans_are_refused(text: Path) -> None:
-    for field in ("num_envs", "steps", "eval_every", "eval_worlds"):
+    for field in ("num_envs", "steps", "eval_every", "eval_worlds", "starts"):
         with pytest.raises(K1Error, match=f"{field} = 0 is not possible"):
             plan(text, **{field: 0})
     for seed in (-1, 2**32):
