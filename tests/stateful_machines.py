@@ -52,6 +52,7 @@ def boundary_of(stage: int, successes: int = 0, evidence: float = 1.0) -> Bounda
     """A boundary as after as many successes."""
     made = boundary_at(stage, CAPACITY)
     made.successes, made.evidence = successes, evidence
+    made.accepted = made.attempted = successes
     return made
 
 

@@ -165,7 +165,7 @@ def again(run: str, *more: str) -> list[str]:
 
 MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "policy": (RUN, fresh(policy="magic"), "choose one of heuristic, random, random-legal"),
-    "preset": (RUN, fresh(preset="huge"), "choose one of tiny, cpu, gpu, paper"),
+    "preset": (RUN, fresh(preset="huge"), "choose one of tiny, cpu, small, gpu, paper"),
     "seed": (RUN, fresh(seed="-1"), "0 or more"),
     "no time": (RUN, fresh(**{"max-minutes": "0"}), "give a number above 0"),
     "nan time": (RUN, fresh(**{"max-minutes": "nan"}), "give a number above 0"),

@@ -17,6 +17,7 @@ from k1.checkpoint import save_checkpoint
 from k1.config import Config
 from k1.errors import CheckpointError, K1Error
 from k1env.actions import action_table
+from k1env.observation import SYSTEM_FIELDS
 from k1env.replay import replay
 from k1env.run_folder import RunFolder
 from k1env.runner import Runner, open_env
@@ -37,7 +38,13 @@ def controller(seed: int = 0) -> Controller:
 
 
 def scene(possible: list[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    widths = {"system": 8, "hyper": 6, "boundary": 10, "agents": 7 * 14, "domains": 12}
+    widths = {
+        "system": len(SYSTEM_FIELDS),
+        "hyper": 6,
+        "boundary": 10,
+        "agents": 7 * 14,
+        "domains": 12,
+    }
     rows = {name: np.full(width, 0.5, np.float32) for name, width in widths.items()}
     return rows, {"action_mask": np.array([label in possible for label in LABELS], np.int8)}
 

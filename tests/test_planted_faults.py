@@ -10,7 +10,8 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from k1.data import TextData
-from k1.topology import Topology
+from k1.errors import TopologyError
+from k1.topology import Block, Topology
 from k1env.boundary import Bounds
 from k1env.env import Phase2Env
 from tests.planted_faults import FAULTS, Fault, Patch, around, perform
@@ -55,7 +56,9 @@ def test_a_tree_that_is_none_is_found(row: int, column: int, value: int) -> None
     tree.load_dict({"blocks": rows, "next_id": 4, "born": [1, 2, 1]})
     check_tree(tree)
     rows[row][column] = value
-    tree.load_dict({"blocks": rows, "next_id": 4, "born": [1, 2, 1]})
+    with pytest.raises(TopologyError, match="is no tree"):
+        tree.load_dict({"blocks": rows, "next_id": 4, "born": [1, 2, 1]})
+    tree.blocks = {r[0]: Block(*r) for r in rows}
     with pytest.raises(Broken, match="tree"):
         check_tree(tree)
 

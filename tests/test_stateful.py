@@ -34,6 +34,7 @@ from tests.stateful_machines import (
 from tests.stateful_player import Auditor
 
 
+@pytest.mark.timeout(1_200)
 def test_no_sequence_of_actions_breaks_a_promise(data: TextData) -> None:
     PlayMachine.data = data
     run_state_machine_as_test(PlayMachine, settings=CI)
