@@ -107,9 +107,8 @@ def test_weights_of_earlier_domains_stay_and_their_mask_restores_the_loss_to_the
     learner.train(3, 3, 6)
     second, kept = owner.blocks == 2, a["weight"].clone()
     seconds = read(learner)[1]
-    go_on = [learner.begin, lambda phase: learner.train(0, 6, 6)]
-    for step in go_on:
-        step(2)
+    learner.begin(2)
+    learner.train(0, 6, 6)
     assert same_bits(a["weight"][first], weights[first])
     assert same_bits(a["weight"][second], kept[second])
     assert same_bits(read(learner)[0], losses) and same_bits(read(learner)[1], seconds)
@@ -235,3 +234,30 @@ def test_all_columns_are_paid_for(learn):
     # Two columns forward; adapters forward from 0 to 1, from both to 2, and back once for these.
     expected = dense + tokens * (2 * forward + (1 + 2 + 2) * adapters)
     assert learner.step_flops() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["packnet", "progressive", "mixture"])
+def test_lanes_side_by_side_are_lanes_alone(learn, name):
+    """On a CPU lanes are trained one by one, on a GPU all at once."""
+    learner = go(learn(name, runs=2), 2)
+    engine, a = learner.engine, learner.arena
+    windows = learner.store.spread("validation", "gamma", 4)
+    batch = windows.map(lambda t: t.expand(2, *t.shape[1:]))
+    with torch.no_grad():
+        nats = learner.reading(0, 2)(batch)
+    together = engine._all_gradients(0, 2, batch, read_text(batch, a.config))
+    rows = a["weight"].new_zeros(2, *a["weight"].shape[1:])
+    for row, gradient in together.by_row:
+        rows.flatten(0, 1)[row] = gradient
+    for lane in range(2):
+        own = batch.map(lambda t: t[:1])
+        with torch.no_grad():
+            assert torch.allclose(
+                learner.reading(lane, lane + 1)(own)[:, 0], nats[:, lane], atol=1e-5
+            )
+        alone = engine._all_gradients(lane, lane + 1, own, read_text(own, a.config))
+        found = torch.zeros_like(rows[0])
+        for row, gradient in alone.by_row:
+            found[row] = gradient
+        assert found.any() and torch.allclose(rows[lane], found, atol=1e-6)
+        assert torch.allclose(together.by_shared[lane], alone.by_shared[0], atol=1e-6)

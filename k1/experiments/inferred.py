@@ -49,8 +49,8 @@ def texts(views: Views, view: str, domain: str) -> Passages:
     if view == "passages":
         return views.passages[domain]
     batch = views.windows[domain]
-    parts = [t[0, :, None] for t in (batch.inputs, batch.targets, batch.starts)]
-    return Passages(*parts, torch.ones_like(parts[2]))
+    inputs, targets, starts = (t[0, :, None] for t in (batch.inputs, batch.targets, batch.starts))
+    return Passages(inputs, targets, starts, torch.ones_like(starts))
 
 
 class InferringLearner(Learner):
@@ -75,8 +75,9 @@ class InferringLearner(Learner):
         windows = [t.flatten(0, 1) for t in (passages.inputs, passages.targets, passages.starts)]
         parts = []
         for first in range(0, len(windows[0]), size):
-            piece = [t[first : first + size].expand(lanes, -1, -1) for t in windows]
-            parts.append(read(Batch(*piece, piece[0][..., 0])))
+            piece = (t[first : first + size].expand(lanes, -1, -1) for t in windows)
+            inputs, targets, starts = piece
+            parts.append(read(Batch(inputs, targets, starts, inputs[..., 0])))
         # On a CPU, for running sums are not reproducible elsewhere.
         shape = passages.inputs.shape[0], passages.inputs.shape[1] * time
         nats = torch.cat(parts, 2).cpu().unflatten(2, shape)

@@ -97,18 +97,19 @@ def run_experts(p: Pieces, x: Tensor, width: int, capacity: float) -> tuple[Tens
     experts = p["router.bias"].shape[-1]
     logits = (x @ p["router.weight"].to(x.dtype)).float() + p["router.bias"][:, None]
     likelihood = torch.softmax(logits, -1)
-    gate, chosen = likelihood.max(-1)
-    load = F.one_hot(chosen, experts).float().mean(1)
-    balance = experts * (load * likelihood.mean(1)).sum(-1)
+    chosen = likelihood.argmax(-1)
+    there = F.one_hot(chosen, experts).float()
+    gate = (likelihood * there).sum(-1, keepdim=True)
+    balance = experts * (there.mean(1) * likelihood.mean(1)).sum(-1)
     seats = min(tokens, math.ceil(min(capacity, experts) * tokens / experts))
     seat, token = places(chosen, experts, seats)
     seated: Tensor = _Rows.apply(x.reshape(-1, d), token, seat)
     hidden = p["mlp.in"].unflatten(2, (experts, width)).transpose(1, 2).flatten(0, 1).to(x.dtype)
-    bias = p["mlp.in_bias"].view(lanes * experts, 1, width).to(x.dtype)
-    out = p["mlp.out"].view(lanes * experts, width, d).to(x.dtype)
+    bias = p["mlp.in_bias"].reshape(lanes * experts, 1, width).to(x.dtype)
+    out = p["mlp.out"].reshape(lanes * experts, width, d).to(x.dtype)
     done = F.gelu(torch.baddbmm(bias, seated.view(-1, seats, d), hidden)) @ out
     back: Tensor = _Rows.apply(done.reshape(-1, d), seat, token)
-    return back.view_as(x) * gate[..., None].to(x.dtype), balance
+    return back.view_as(x) * gate.to(x.dtype), balance
 
 
 def run_stack(

@@ -167,10 +167,11 @@ class ProgressiveEngine(Engine):
         gradient = self._gradient[lanes].flatten(3)
         square = gradient.square().sum((1, 2, 3))
         on = (fine & torch.isfinite(square))[:, None, None].expand(gradient.shape[:3])
-        held = [t[lanes].flatten(3) for t in (self.lateral, self._first, self._second)]
+        state = self.lateral, self._first, self._second
+        weight, first, second = (t[lanes].flatten(3) for t in state)
         factor = clip_factor(square, optimizer.clip)[:, None, None]
         rate = learning_rate(self.arena, lanes)[:, None, None]
-        old = Rows(*held, self._steps[lanes])
+        old = Rows(weight, first, second, self._steps[lanes])
         new = adamw(old, gradient * factor[..., None], rate.expand_as(on), on, optimizer)
         for target, value in zip(vars(old).values(), vars(new).values(), strict=True):
             target.copy_(value)
