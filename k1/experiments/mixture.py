@@ -69,14 +69,19 @@ def places(chosen: Tensor, experts: int, capacity: int) -> tuple[Tensor, Tensor]
         int64 [L * E * C], L * N for none.
     """
     lanes, tokens = chosen.shape
-    order = F.one_hot(chosen, experts).cumsum(1).gather(2, chosen[..., None])[..., 0] - 1
-    lane = torch.arange(lanes, device=chosen.device)[:, None]
-    seat = (lane * experts + chosen) * capacity + order
-    none = lanes * experts * capacity
-    seat = torch.where(order < capacity, seat, none).flatten()
-    token = torch.full((none + 1,), lanes * tokens, device=chosen.device)
-    token.scatter_(0, seat, torch.arange(lanes * tokens, device=chosen.device))
-    return seat, token[:none]
+    device = chosen.device
+    lane, place = torch.arange(lanes, device=device)[:, None], torch.arange(capacity, device=device)
+    there = (chosen[..., None] == torch.arange(experts, device=device)).long()
+    number = there.cumsum(1).gather(2, chosen[..., None])[..., 0] - 1
+    seat = (lane * experts + chosen) * capacity + number
+    seat = torch.where(number < capacity, seat, lanes * experts * capacity)
+    # Sorted by their experts, those of each follow one another in order.
+    count = there.sum(1)
+    at = (count.cumsum(1) - count)[..., None] + place
+    order = chosen.argsort(dim=1, stable=True)
+    token = order.gather(1, at.flatten(1).clamp(max=tokens - 1)) + lane * tokens
+    token = torch.where((place < count[..., None]).flatten(1), token, lanes * tokens)
+    return seat.flatten(), token.flatten()
 
 
 def run_experts(p: Pieces, x: Tensor, width: int, capacity: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def run_experts(p: Pieces, x: Tensor, width: int, capacity: float) -> tuple[Tens
     logits = (x @ p["router.weight"].to(x.dtype)).float() + p["router.bias"][:, None]
     likelihood = torch.softmax(logits, -1)
     chosen = likelihood.argmax(-1)
-    there = F.one_hot(chosen, experts).float()
+    there = (chosen[..., None] == torch.arange(experts, device=x.device)).float()
     gate = (likelihood * there).sum(-1, keepdim=True)
     balance = experts * (there.mean(1) * likelihood.mean(1)).sum(-1)
     seats = min(tokens, math.ceil(min(capacity, experts) * tokens / experts))
@@ -148,7 +153,7 @@ class MixtureEngine(Engine):
         balance: float,
     ) -> None:
         """Bind an arena of chains; arguments as for `run_experts`, and what balance weighs."""
-        super().__init__(arena, store, chunk)
+        super().__init__(arena, store, chunk, fused=False)
         self.width, self.capacity, self.balance = width, capacity, balance
 
     def _all_gradients(self, start: int, stop: int, batch: Batch, text: Text) -> FullGradients:

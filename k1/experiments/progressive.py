@@ -123,7 +123,7 @@ class ProgressiveEngine(Engine):
         self, arena: Arena, store: TokenStore, chunk: int | None, earlier: Sequence[Column]
     ) -> None:
         """Bind an arena, which holds the newest column, and earlier ones, which stay."""
-        super().__init__(arena, store, chunk)
+        super().__init__(arena, store, chunk, fused=False)
         self.earlier = list(earlier)
         d, places = arena.config.model.embed, arena.index(0, arena.lanes)[-1].offset + 1
         self.lateral, self._first, self._second, self._gradient = (
