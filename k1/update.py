@@ -23,6 +23,13 @@ ROWS = ("weight", "first", "second", "count")
 SHARED_ROWS = ("shared", "shared_first", "shared_second", "shared_count")
 
 
+def learning_rate(arena: Arena, lanes: slice) -> Tensor:
+    """Learning rate [L] of some lanes' next step at displacement scale 1."""
+    warmup = arena.config.optimizer.warmup
+    rise = ((arena["step"][lanes] + 1) / max(1, warmup)).clamp(max=1.0)
+    return arena["lr"][lanes] * arena["lr_factor"][lanes] * rise
+
+
 class Update:
     """One step's update of lanes start..stop."""
 
@@ -95,9 +102,7 @@ class Update:
 
     def _rate(self) -> Tensor:
         """Learning rate [L] of this step at displacement scale 1."""
-        a, lanes, warmup = self._arena, self._lanes, self._arena.config.optimizer.warmup
-        rise = ((a["step"][lanes] + 1) / max(1, warmup)).clamp(max=1.0)
-        return a["lr"][lanes] * a["lr_factor"][lanes] * rise
+        return learning_rate(self._arena, self._lanes)
 
     def _by_lane(self, row: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         """Sum values [M] of those arena rows that have a displacement [L, S], by lane: [L]."""

@@ -58,11 +58,12 @@ def main(arguments: Arguments) -> int:
     from k1.cli import check_outputs, prepare_torch
     from k1.durable import canonical_json, write_atomically
     from k1.errors import K1Error
+    from k1.figures import check_plot
     from k1.trainer import pick_device
     from policies.comparison import compare_all
     from policies.contestants import default_policies
     from policies.evaluation import Plan, evaluate
-    from policies.plot import check_plot, plot
+    from policies.plot import plot
     from policies.progress import episodes_bar
     from policies.report import markdown, show
 

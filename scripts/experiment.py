@@ -53,6 +53,8 @@ class Arguments:
     """Measure on the test pool instead of validation; needs --tuned."""
     tuned: Annotated[Path | None, optional("FILE")] = None
     """Run each method at its best setting in these results alone."""
+    plot: Annotated[Path | None, optional("FILE")] = None
+    """Draw frontiers and anytime curves; needs the extra viz."""
     markdown: Annotated[Path | None, optional("FILE")] = None
     """Write the page of results, such as docs/results.md."""
 
@@ -66,6 +68,7 @@ def main(arguments: Arguments) -> int:
 
     from k1.cli import check_outputs, prepare_torch
     from k1.errors import K1Error
+    from k1.figures import check_plot
     from k1.trainer import pick_device
 
     console = Console(emoji=False)
@@ -84,7 +87,9 @@ def main(arguments: Arguments) -> int:
     minutes = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not minutes > 0 or arguments.lanes < 1:
         raise K1Error("--max-minutes and --lanes are more than 0: leave them out, or give more")
-    check_outputs(arguments.results, arguments.markdown)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+    check_outputs(arguments.results, arguments.markdown, arguments.plot)
     device = pick_device(arguments.device).type
     prepare_torch(device)
 
@@ -95,6 +100,7 @@ def main(arguments: Arguments) -> int:
     from k1.data import load_data
     from k1.durable import write_atomically
     from k1.experiments.methods import METHODS, choose_methods
+    from k1.experiments.pictures import plot
     from k1.experiments.plans import choose_experiment
     from k1.experiments.report import markdown, tables
     from k1.experiments.runner import Conditions, open_rows, run_experiment
@@ -137,7 +143,7 @@ def main(arguments: Arguments) -> int:
     rows = run_experiment(experiment, conditions, file)
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     command = " ".join(["python", *sys.argv])
-    command = re.sub(r"--(results|markdown|tuned|data)[ =]\S+", r"--\1 ...", command)
+    command = re.sub(r"--(results|markdown|plot|tuned|data)[ =]\S+", r"--\1 ...", command)
     about = [
         f"Command: `{command}`, {time.monotonic() - began:.0f} s in this call.",
         f"Device: {device} ({processor}); PyTorch {torch.__version__}.",
@@ -153,6 +159,8 @@ def main(arguments: Arguments) -> int:
         console.print(shown)
     for line in about:
         console.print(line, markup=False, highlight=False)
+    if arguments.plot is not None:
+        plot(rows, experiment.checks, arguments.plot)
     if arguments.markdown is not None:
         what = {name: method.what for name, method in METHODS.items()}
         page = markdown(rows, arguments.reference, about, what)

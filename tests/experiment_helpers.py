@@ -20,15 +20,15 @@ SPARE = {"model": {"spare": 2.0}}
 class Build:
     """Build a learner of a method: `learn(name, runs=2, strength=0, **sections)`."""
 
-    def __init__(self, data: TextData) -> None:
-        self.data = data
+    def __init__(self, data: TextData, device: str = "cpu") -> None:
+        self.data, self.device = data, device
 
     def __call__(self, name: str, runs: int = 1, strength: float = 0.0, **sections: Any) -> Learner:
         config = small_config(**{**SPARE, **sections})
-        store = TokenStore(self.data, config.model.context, "cpu")
+        store = TokenStore(self.data, config.model.context, self.device)
         method, vocab = METHODS[name], self.data.vocab_size
         lanes = [Run(name, ORDER, seed, 3e-3, strength) for seed in range(1, runs + 1)]
-        return method.learner(method, config, store, vocab, lanes, "cpu", **method.options)
+        return method.learner(method, config, store, vocab, lanes, self.device, **method.options)
 
 
 def go(learner: Learner, phases: int, steps: int = 4) -> Learner:

@@ -12,12 +12,13 @@ import pytest
 
 from k1.data import TextData
 from k1.errors import K1Error
+from k1.figures import check_plot
 from k1env.instances import Instance
 from policies import evaluation
 from policies.comparison import compare_all
 from policies.evaluation import Plan, evaluate
 from policies.grid import choose, settings_of
-from policies.plot import check_plot, plot
+from policies.plot import plot
 from tests.evaluation_helpers import record, short_world
 from tests.phase2_helpers import EVALUATE, call, quick, write_text
 

@@ -9,7 +9,7 @@ import pytest
 
 from k1.data import TextData
 from k1.errors import ConfigError, K1Error
-from k1.experiments import methods, report
+from k1.experiments import methods, pictures, report
 from k1.experiments.methods import METHODS
 from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
@@ -72,6 +72,7 @@ def test_methods_run_for_as_many_flops_as_dense(conditions: Conditions):
     grown = next(row for row in rows if row["method"] == "k1-evidence-grow")
     assert grown["blocks"] == 13  # two more nodes with two leaves each
     assert all(len(row["curve"]) == 6 for row in rows)
+    assert all(row["memory"] is None for row in rows)  # counted on CUDA alone
     assert all(row["curve"][-1][1] == row["bits"]["windows"][-1] for row in rows)
 
 
@@ -148,7 +149,7 @@ def row(method, seed, lr, matrix, **more):
     return {
         "method": method, "order": ["a", "b"], "seed": seed, "lr": lr, "strength": 0.0,
         "bits": bits, "curve": [[0, matrix[1]], [1, matrix[2]]], "steps": [4, 4], "flops": 2.0,
-        "parameters": 3, "moved": 0.5, "seconds": 6.0, "lanes": 2, **more,
+        "parameters": 3, "moved": 0.5, "seconds": 6.0, "lanes": 2, "memory": None, **more,
     }  # fmt: skip
 
 
@@ -171,7 +172,9 @@ def test_tables_say_who_forgets_and_at_what_price():
     who = {line[0]: line for line in report.domain_table(ROWS, "windows").rows}
     assert who["dense"][1] == "2.000 -> 5.500 (+175.0 %)"
     cost = {line[0]: line for line in report.cost_table(ROWS, "dense").rows}
-    assert cost["calm"] == ["calm", "4 4", "0.50", "1.00", "50.0%", "3.0"]
+    assert cost["calm"] == ["calm", "4 4", "0.50", "1.00", "50.0%", "3.0", "-"]
+    counted = [{**line, "memory": 3 * 2**31} for line in ROWS]
+    assert {line[-1] for line in report.cost_table(counted, "dense").rows} == {"3,072"}
     line = {r[0]: r for r in report.frontier_table(ROWS, "dense", "windows").rows}
     assert line["dense"][2:] == ["+0.0 %", "250.0", "221.5", "178.8", "175.0"]
     assert line["calm"][2:5] == ["+10.5 %", "-", "-"]
@@ -187,6 +190,29 @@ def test_the_page_has_every_table_and_what_methods_are():
     assert "| calm | C |" in text
     assert report.tables([], "dense") == []
     assert len(report.tables(ROWS[-2:], "dense")) == 4  # without runs of the reference
+
+
+# -- the picture ---------------------------------------------------------------------------------
+
+
+def test_evaluations_are_placed_within_their_phases():
+    late = {"curve": [[0, [1]], [0, [1]], [0, [1]], [1, [1]], [1, [1]]]}
+    assert pictures.moments(late, (0.25, 0.5)) == [0.25, 0.5, 1.0, 1.25, 2.0]
+
+
+def test_the_anytime_curve_is_of_the_domains_met_so_far():
+    assert pictures.anytime(ROWS[:2]).tolist() == [2.0, 3.75]
+
+
+def test_frontiers_and_curves_are_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    diverged = row("lost", 1, 1.0, [[8, 8], [None, 7], [None, None]])
+    pictures.plot([*ROWS, diverged], (), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert "<!-- calm -->" in text and "<!-- lost -->" in text
+    pictures.plot([], (), tmp_path / "none.svg")
+    with pytest.raises(K1Error, match="end the name in one of"):
+        pictures.plot(ROWS, (), tmp_path / "a.nope")
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -222,6 +248,7 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
         (["--quick", "--test"], "give --tuned"),
         (["--quick", "--rates", "a"], "numbers apart by commas"),
         (["--quick", "--tuned", tmp_path / "none"], "cannot be read as results"),
+        (["--quick", "--plot", tmp_path / "a.nope"], "--plot"),
     ):
         done = call(SCRIPT, *options)
         assert done.returncode == 2 and reason in done.stderr, done.stderr

@@ -5,8 +5,11 @@ import torch
 
 from k1 import edits
 from k1.engine import Engine
+from k1.experiments.runner import measure_memory_anew, peak_memory
+from k1.experiments.stream import views
 from k1.forward import read_text
 from k1.trainer import Trainer
+from tests.experiment_helpers import Build, go
 
 pytestmark = [
     pytest.mark.gpu,
@@ -296,3 +299,18 @@ def test_a_recorded_measurement_is_the_callers_own(make):
     assert torch.equal(first, kept) and not torch.equal(first, other)
     assert all(torch.equal(b.inputs, old) for b, old in zip(batches, before, strict=True))
     assert torch.equal(engine.bits_per_byte(0, 2, batches[0]), kept)
+
+
+@pytest.mark.parametrize("name", ["packnet", "progressive", "mixture"])
+def test_methods_with_passes_of_their_own_run_and_repeat(data, name):
+    found = []
+    for _ in range(2):
+        learner = Build(data, "cuda")(name, runs=2)
+        measure_memory_anew(learner.arena.device)
+        go(learner, 3, steps=6)
+        seen = views(learner.store, "validation", 4, 2)
+        bits = [learner.measure(seen, view) for view in ("windows", "passages")]
+        found.append((bits, [learner.arena.hash_lane(lane) for lane in range(2)]))
+        assert torch.tensor(bits).isfinite().all() and not learner.arena["skipped"].any()
+        assert (peak_memory(learner.arena.device) or 0) > 0
+    assert found[0] == found[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,9 @@ class Run:
 class Learner:
     """Runs of one method on one arena.
 
-    A method that settings do not express overrides some of: `make_engine`, `begin`, `end`,
-    `train`, `measure`, and says what it costs by `overhead` and `parameters`.
+    A method that settings do not express overrides some of: `configure`, `make_engine`, `begin`,
+    `end`, `train`, `measure`, and says what it costs by `overhead` or `step_flops`, `parameters`
+    and `moving`.
     """
 
     def __init__(
@@ -71,8 +72,7 @@ class Learner:
         self.later_lr = later_lr
         self.phase = 0
         self.lanes = len(self.runs)
-        configured = method.configure(config, 0)
-        self.arena = Arena(configured, vocab_size, len(store.domains), self.lanes, device)
+        self.arena = Arena(self.configure(0), vocab_size, len(store.domains), self.lanes, device)
         for lane in range(self.lanes):
             self.fresh(lane)
         self.engine = self.make_engine()
@@ -80,6 +80,10 @@ class Learner:
         """Executed floating-point operations of each run, by formula."""
         self._moved = [0.0] * self.lanes
         self._lived = [0.0] * self.lanes
+
+    def configure(self, phase: int) -> Config:
+        """Return the settings of a phase; sizes are the same in all."""
+        return self.method.configure(self.base, phase)
 
     def fresh(self, lane: int) -> None:
         """Fill a lane with a fresh system of its run."""
@@ -104,7 +108,7 @@ class Learner:
         """Meet the next domain of each run."""
         self.phase = phase
         if phase:
-            self.arena.configure(self.method.configure(self.base, phase))
+            self.arena.configure(self.configure(phase))
         for lane, run in enumerate(self.runs):
             for name in ("top_k", "cooldown", "exploration"):
                 self.arena.set_hyper(lane, name, getattr(self.arena.config.train, name))
@@ -156,8 +160,12 @@ class Learner:
             # The root is on every path.
             self.flops[lane] += steps * self.step_flops(lane, agents[lane] / steps + 1)
             moved = blocks[lane] * a.block_layout.total + shared[lane] * a.shared_layout.total
-            self._moved[lane] += moved
+            self._moved[lane] += moved * self.moving(lane)
             self._lived[lane] += steps * Learner.parameters(self, lane)
+
+    def moving(self, lane: int) -> float:
+        """Share of the parameters of those blocks that move which do so themselves."""
+        return 1.0
 
     def _counters(self) -> list[list[int]]:
         """Blocks that steps have moved, without and with the root, and shared parts: by lane."""
@@ -182,6 +190,10 @@ class Learner:
             else:
                 bits = read_passages(self.engine, views.passages[domain])
             by_domain[domain] = bits
+        return self.in_order(by_domain)
+
+    def in_order(self, by_domain: Mapping[str, Sequence[float]]) -> list[list[float]]:
+        """Turn figures of domains, by lane, into those of each run in the order of its stream."""
         return [
             [by_domain[domain][lane] for domain in run.order] for lane, run in enumerate(self.runs)
         ]

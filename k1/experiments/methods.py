@@ -16,6 +16,9 @@ from k1.errors import ConfigError
 from k1.experiments.constrained import AGemLearner, EwcLearner, SiLearner
 from k1.experiments.guarded import GuardedLearner
 from k1.experiments.learner import Learner
+from k1.experiments.mixture import MixtureLearner
+from k1.experiments.packed import PackNetLearner
+from k1.experiments.progressive import ProgressiveLearner
 from k1.experiments.tree_learners import (
     FixedLeafLearner,
     GrownLearner,
@@ -104,6 +107,13 @@ BASELINES = (
            learner=SiLearner, strengths=(0.1, 1.0, 10.0)),
     Method("a-gem", "dense, gradients projected so that earlier text does not lose", DENSE,
            learner=AGemLearner),
+    Method("packnet", "dense; each domain keeps weights of its own, found again by the loss so far",
+           DENSE, learner=PackNetLearner),
+    Method("progressive",
+           "a dense tree for each domain, fed by earlier ones, found again by the loss so far",
+           DENSE, learner=ProgressiveLearner),
+    Method("mixture", "a flat top-1 mixture of experts of as many parameters", DENSE,
+           learner=MixtureLearner),
     Method("random-path", "a random path, every block of it in full",
            _sections(_k1("learned"), WHOLE, UNTRACED, {"train": {"exploration": 1.0}})),
     Method("round-robin", "the path updated longest ago, every block of it in full",

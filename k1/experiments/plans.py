@@ -75,7 +75,8 @@ EXPERIMENTS = (
     Experiment(
         "ci",
         "seconds: every kind of method, on a tiny tree",
-        ("dense", "separate", "replay-5", "ewc", "k1-evidence", "k1-own-grow"),
+        ("dense", "separate", "replay-5", "ewc", "packnet", "progressive", "mixture", "k1-evidence",
+         "k1-own-grow"),
         preset="tiny",
         sections={**_GROWABLE, "train": {"eval_windows": 8}},
         steps=24,

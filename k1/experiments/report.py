@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from k1.bench.study_report import Table
@@ -44,9 +44,9 @@ def by_setting(rows: Sequence[Row]) -> dict[str, dict[Setting, list[Row]]]:
 def measure(row: Row, name: str, view: str) -> float:
     """One figure of a run."""
     if name == "anytime":
-        return metrics.average_anytime(_curve(row))
+        return metrics.average_anytime(curve_of(row))
     if name == "gap":
-        return metrics.stability_gap(_matrix(row, "windows"), _curve(row))
+        return metrics.stability_gap(_matrix(row, "windows"), curve_of(row))
     return MEASURES[name](_matrix(row, view))
 
 
@@ -54,7 +54,8 @@ def _matrix(row: Row, view: str) -> metrics.Matrix:
     return metrics.as_matrix(row["bits"][view])
 
 
-def _curve(row: Row) -> list[metrics.Point]:
+def curve_of(row: Row) -> list[metrics.Point]:
+    """Evaluations within a run's stream; a figure that was not finite is NaN."""
     return [(phase, [math.nan if b is None else b for b in bits]) for phase, bits in row["curve"]]
 
 
@@ -142,16 +143,23 @@ def cost_table(rows: Sequence[Row], reference: str) -> Table:
             f"{mean(runs, 'parameters') / mean(base, 'parameters'):.2f}",
             f"{mean(runs, 'moved'):.1%}",
             f"{sum(row['seconds'] / row['lanes'] for row in runs) / len(runs):.1f}",
+            memory_of(runs),
         ]
         for method, runs in best.items()
     ]
-    headers = ["method", "steps", "FLOPs", "parameters", "moved", "seconds"]
+    headers = ["method", "steps", "FLOPs", "parameters", "moved", "seconds", "MiB"]
     title = (
         f"cost: steps by phase; executed FLOPs and living parameters as a multiple of "
-        f"{reference}'s; share of the parameters that a step moves; seconds a run, of those side "
-        "by side"
+        f"{reference}'s; share of the parameters that a step moves; seconds and, on CUDA, peak "
+        "memory a run, of those side by side"
     )
     return Table(title, headers, lines)
+
+
+def memory_of(runs: Sequence[Row]) -> str:
+    """MiB of a run, of those side by side, where they were counted in all of them."""
+    known = [row["memory"] / row["lanes"] / 2**20 for row in runs if row.get("memory")]
+    return f"{statistics.fmean(known):,.0f}" if len(known) == len(runs) else NONE
 
 
 def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
@@ -160,9 +168,7 @@ def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
     goal = min(_mean(runs, "new", view) for runs in settings[reference].values())
     lines = []
     for method, found in settings.items():
-        points = [
-            (_mean(runs, "new", view), _mean(runs, "forgetting %", view)) for runs in found.values()
-        ]
+        points = sweep(found, view)
         at = [metrics.harm_at(points, goal * (1 + slack / 100)) for slack in SLACK]
         best = min(point[0] for point in points)
         cells = [NONE if harm is None else f"{harm:.1f}" for harm in at]
@@ -174,6 +180,13 @@ def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
         f"well; {view}"
     )
     return Table(title, headers, lines)
+
+
+def sweep(found: Mapping[Setting, Sequence[Row]], view: str) -> list[tuple[float, float]]:
+    """New-domain bits and forgetting in per cent at each setting of a method."""
+    return [
+        (_mean(runs, "new", view), _mean(runs, "forgetting %", view)) for runs in found.values()
+    ]
 
 
 def _mean(runs: Sequence[Row], name: str, view: str) -> float:

@@ -7,8 +7,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from k1.data import TextData
 from k1.durable import canonical_json
@@ -114,17 +117,10 @@ def run_experiment(experiment: Experiment, conditions: Conditions, file: RowFile
             missing = [run for run in runs if file.key(as_row(run)) not in file.rows]
             for first in range(0, len(missing), conditions.lanes):
                 group = missing[first : first + conditions.lanes]
-                learner = method.learner(
-                    method,
-                    config,
-                    store,
-                    conditions.data.vocab_size,
-                    group,
-                    conditions.device,
-                    **method.options,
-                )
-                try:
-                    rows = go_through(learner, experiment, seen, conditions.deadline)
+                vocab_size, device = conditions.data.vocab_size, conditions.device
+                make = partial(method.learner, method, config, store, vocab_size, group, device)
+                try:  # a learner that has no name here is gone before the next one is made
+                    rows = go_through(make(**method.options), experiment, seen, conditions.deadline)
                 except OutOfTime:
                     conditions.say(f"{method.name}: out of time")
                     break
@@ -162,6 +158,7 @@ def go_through(
     Raises:
         OutOfTime: if the time is used up before they are done.
     """
+    measure_memory_anew(learner.arena.device)
     began, lanes, phases = time.monotonic(), range(learner.lanes), len(learner.runs[0].order)
     matrix: dict[str, list[list[list[float]]]] = {view: [] for view in VIEWS}
     curve: list[tuple[int, list[list[float]]]] = []
@@ -190,7 +187,7 @@ def go_through(
         curve.append((phase, matrix["windows"][-1]))
         steps.append(total)
     seconds = time.monotonic() - began
-    a = learner.arena
+    a, memory = learner.arena, peak_memory(learner.arena.device)
     return [
         {
             **as_row(learner.runs[lane]),
@@ -203,10 +200,22 @@ def go_through(
             "moved": learner.moved[lane],
             "skipped": int(a["skipped"][lane]),
             "seconds": seconds,
+            "memory": memory,
             "lanes": learner.lanes,
         }
         for lane in lanes
     ]
+
+
+def measure_memory_anew(device: torch.device) -> None:
+    """Forget the peak of a device's memory; what is held now counts in the next one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors have held on a device; None on a CPU, where nobody counts them."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 STRETCH = 50
