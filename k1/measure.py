@@ -42,7 +42,9 @@ def forest_bits(engine: Engine, forest: Forest, batch: Batch) -> Tensor:
     """Bits per byte of trees, whoever's they are, on windows [L, B, T]: float64 [L]."""
     size = forest.config.train.batch
     pieces = forest.shared_layout.unpack(forest.shared)
-    nats, length = torch.zeros(2, *forest.shared.shape[:1], dtype=torch.float64, device=batch.inputs.device)
+    nats, length = torch.zeros(
+        2, *forest.shared.shape[:1], dtype=torch.float64, device=batch.inputs.device
+    )
     for first in range(0, batch.inputs.shape[1], size):
         part = batch.map(itemgetter((slice(None), slice(first, first + size))))
         output = outputs(engine, forest, part)

@@ -1,9 +1,8 @@
 """Text on which agents can specialise for phases alone: one domain, three times.
 
 Agents that are trained on one domain after another may differ by when they were trained and not by
-what on. So the same runs are made on text whose domains are parts of a single one: what the measures
-of `k1.specialisation` then say is what they say about nothing. The second comparison, all domains
-interleaved, is a method: `joint` or `k1-joint`.
+what on. So the same runs are made on text whose domains are parts of a single one: what the
+measures of `k1.specialisation` then say is what they say about nothing.
 """
 
 from __future__ import annotations
