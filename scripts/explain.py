@@ -36,11 +36,12 @@ def main(arguments: Arguments) -> int:
     """Load the system, look at it, print what was found."""
     from rich.console import Console, RenderableType
 
+    text = None if arguments.text is None else _read(arguments.text)
+
     from k1.cli import prepare_torch
     from k1.trainer import pick_device
     from k1env.runner import load_system
 
-    text = None if arguments.text is None else _read(arguments.text)
     device = pick_device(arguments.device).type
     prepare_torch(device)
 

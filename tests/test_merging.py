@@ -120,7 +120,4 @@ def test_a_twin_costs_nothing_to_merge(make):
     merged = change(trainer.engine, 0, lambda a, lane: merge_agents(a, lane, twin, fresh), on)
     deleted = change(trainer.engine, 0, lambda a, lane: delete_agent(a, lane, twin), on)
     assert max(map(abs, merged.harm.values())) < 1e-5
-    assert max(map(abs, deleted.harm.values())) < 1e-5, "its twin takes its weight over"
-    (third,) = set(slots(trainer, 1, 2)) - {twin}
-    deleted = change(trainer.engine, 0, lambda a, lane: delete_agent(a, lane, third), on)
-    assert max(map(abs, deleted.harm.values())) > 1e-4
+    assert max(map(abs, deleted.harm.values())) > 1e-4, "its routing weight goes to another"

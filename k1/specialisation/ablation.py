@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from k1.engine import Engine
@@ -48,19 +48,21 @@ def without(engine: Engine, lane: int, slot: int, way: str) -> Forest:
     return replace(forest, rows=rows)
 
 
-def harm(
-    engine: Engine, lane: int, slot: int, windows: Mapping[str, Batch], way: str
-) -> dict[str, float]:
-    """Bits per byte that each domain's windows [1, B, T] lose without an agent.
+def bits(engine: Engine, forest: Forest, windows: Mapping[str, Batch]) -> dict[str, float]:
+    """Bits per byte of one tree on each domain's windows [1, B, T]."""
+    return {name: float(forest_bits(engine, forest, batch)[0]) for name, batch in windows.items()}
 
-    Raises:
-        TopologyError: as `without`.
-    """
-    whole, less = engine.arena.forest(lane, lane + 1), without(engine, lane, slot, way)
-    return {
-        domain: float(forest_bits(engine, less, batch)[0] - forest_bits(engine, whole, batch)[0])
-        for domain, batch in windows.items()
-    }
+
+def harm(
+    engine: Engine, lane: int, slots: Iterable[int], windows: Mapping[str, Batch]
+) -> dict[int, dict[str, float]]:
+    """Bits per byte that each domain's windows [1, B, T] lose without each of some agents."""
+    whole = bits(engine, engine.arena.forest(lane, lane + 1), windows)
+    found = {}
+    for slot in slots:
+        less = bits(engine, without(engine, lane, slot, way_for(engine, lane, slot)), windows)
+        found[slot] = {name: less[name] - value for name, value in whole.items()}
+    return found
 
 
 def way_for(engine: Engine, lane: int, slot: int) -> str:

@@ -85,9 +85,9 @@ def study(
     weights = {"routing": seen.routing, "responsibility": seen.responsibility}
     shares = {name: domain_shares(w, seen.label, domains) for name, w in weights.items()}
     called = nicknames([tokenizer.decode(row) for row in seen.tokens], seen.responsibility)
+    lost = harm(engine, lane, seen.slots, windows)
     agents = []
     for number, slot in enumerate(seen.slots):
-        way = way_for(engine, lane, slot)
         by_domain = {
             name: dict(zip(seen.domains, share[number].tolist(), strict=True))
             for name, share in shares.items()
@@ -100,8 +100,8 @@ def study(
                 called[number],
                 {name: float(_even(w, seen)[number]) for name, w in weights.items()},
                 by_domain,
-                harm(engine, lane, slot, windows, way),
-                way,
+                lost[slot],
+                way_for(engine, lane, slot),
             )
         )
     return Study(

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from k1.specialisation.information import Weights
 
 WORDS = re.compile(r"\n[ \t]+|\w+|[^\w\s]+")
@@ -96,7 +94,7 @@ def nicknames(texts: Sequence[str], weight: Weights) -> list[Nickname]:
     words = [Counter(WORDS.findall(text)) for text in texts]
     kinds = [_by_kind(count) for count in words]
     return [
-        _nickname(_divide(kinds, column), _divide(words, column)) for column in np.asarray(weight).T
+        _nickname(_divide(kinds, column), _divide(words, column)) for column in weight.T.tolist()
     ]
 
 
