@@ -136,6 +136,15 @@ class Change:
         return {domain: self.after[domain] - bits for domain, bits in self.before.items()}
 
 
+def copy_of(engine: Engine, lane: int) -> Engine:
+    """Copy a lane to an arena of its own, as lane 0."""
+    arena = engine.arena
+    domains = arena["mix"].shape[1]
+    fork = Arena(arena.config, arena.vocab_size, domains, 1, arena.device)
+    fork.write_lane(0, arena.read_lane(lane))
+    return Engine(fork, engine.store)
+
+
 def change(
     engine: Engine, lane: int, edit: Callable[[Arena, int], object], windows: Mapping[str, Batch]
 ) -> Change:
@@ -150,15 +159,11 @@ def change(
     Raises:
         TopologyError: if the edit does.
     """
-    arena = engine.arena
-    domains = arena["mix"].shape[1]
-    fork = Arena(arena.config, arena.vocab_size, domains, 1, arena.device)
-    fork.write_lane(0, arena.read_lane(lane))
-    twin = Engine(fork, engine.store)
+    twin = copy_of(engine, lane)
 
     def bits() -> dict[str, float]:
         return {name: float(twin.bits_per_byte(0, 1, w)[0]) for name, w in windows.items()}
 
     before = bits()
-    edit(fork, 0)
+    edit(twin.arena, 0)
     return Change(before, bits())
