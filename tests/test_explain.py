@@ -36,6 +36,7 @@ def test_the_parts_are_the_text(system):
     text = "abcdefghijklabcdefghijkl\nabc\n\n\nlkj\n \nbcdbcd\n"
     found = explained(system, text)
     assert [part.document for part in found.parts] == [0, 0, 1, 2]
+    assert found.parts[3].evidence_so_far == found.parts[3].evidence, "a document begins anew"
     by_document = ["".join(p.text for p in found.parts if p.document == d) for d in range(3)]
     assert by_document == ["abcdefghijklabcdefghijkl\nabc", "lkj", "bcdbcd"]
     for part in found.parts:
@@ -64,6 +65,8 @@ def test_text_goes_where_its_bigrams_were_counted(system, data):
         assert len(right) > 0.8 * len(found.parts)
         last = found.parts[-2]
         assert last.evidence > 0 and last.why[0].nats > 0
+        assert found.parts[0].evidence_so_far == found.parts[0].evidence
+        assert last.evidence_so_far > 5 * last.evidence
         assert all(why.text in text + SEPARATOR for why in last.why)
 
 
@@ -93,7 +96,9 @@ def test_what_people_see_is_short_and_says_what_is_left_out(system):
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(show_explanation(explained(system, "abcdefghijklmnop" * (MOST_PARTS + 3))))
     shown = console.export_text()
-    assert "and 4 more parts" in shown and "Node 1" in shown and "nats" in shown
+    assert (
+        "and 4 more parts" in shown and "so far" in shown and "Node 1" in shown and "nats" in shown
+    )
 
 
 # -- through the entry point ----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from k1.specialisation import information as info
 from k1.specialisation.ablation import bits, harm, without
 from k1.specialisation.agents import study
 from k1.specialisation.names import NOTHING, kind_of, nicknames, typical
-from k1.specialisation.ngrams import BigramClassifier, reasons
+from k1.specialisation.ngrams import BigramClassifier, path_ratios, reasons
 from k1.specialisation.observe import by_level, observe, trace
 from k1.specialisation.trust import Trust, trust
 from tests.reference import Reference, count_text, loop_evidence, next_batch, shake
@@ -230,8 +230,9 @@ def test_reasons_add_up_to_the_evidence_and_name_the_bigrams(make):
     loops = loop_evidence(tables, tokens, starts, trainer.config.evidence)
     for child in (1, 2, 3):
         slot = trainer.tree.slot_of(child)
-        spoke, total = reasons(trainer.arena, 0, slot, batch, most=99)
-        assert total == pytest.approx(loops[child - 1][-1], rel=1e-9)
+        spoke = reasons(trainer.arena, 0, slot, batch, most=99)
+        total = path_ratios(trainer.arena, 0, slot, batch)[0].sum()
+        assert float(total) == pytest.approx(loops[child - 1][-1], rel=1e-9)
         pairs = set(pairwise(tokens))
         assert {r.tokens for r in spoke} <= pairs and all(r.nats > 0 for r in spoke)
         assert [r.nats for r in spoke] == sorted((r.nats for r in spoke), reverse=True)
@@ -245,7 +246,8 @@ def test_reasons_add_up_to_the_evidence_and_name_the_bigrams(make):
             ]
             assert first.nats == pytest.approx(sum(steps)) and first.times == len(steps)
     plain = make(model={"router": "learned"})
-    assert reasons(plain.arena, 0, 1, batch) == ([], 0.0)
+    assert reasons(plain.arena, 0, 1, batch) == []
+    assert not path_ratios(plain.arena, 0, 1, batch)[0].any()
 
 
 # -- names ----------------------------------------------------------------------------------------

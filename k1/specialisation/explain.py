@@ -12,7 +12,7 @@ from k1.data.tokenizer import Tokenizer
 from k1.engine import Engine
 from k1.errors import DataError
 from k1.forward import LN2, Batch
-from k1.specialisation.ngrams import reasons
+from k1.specialisation.ngrams import path_ratios, reasons
 from k1.specialisation.observe import Trace, trace
 
 MOST_BYTES = 100_000
@@ -48,7 +48,10 @@ class Part:
     """Leaves by their share in the output, the largest first."""
     why: tuple[Why, ...]
     evidence: float
-    """Log-likelihood ratio of all its bigrams for the first of these leaves, in nats."""
+    """Log-likelihood ratio of all its bigrams for the first of these leaves, in nats; what the
+    router has besides are learned logits and priors."""
+    evidence_so_far: float
+    """The same of the document up to the part's end."""
     responsible: tuple[Share, ...]
     """Blocks, root included, by gradient norm, as shares of the sum of all norms."""
 
@@ -108,10 +111,13 @@ class _Reader:
         self.nats, self.bytes = 0.0, 0
         self.routed = torch.zeros(engine.arena.scratch + 1, dtype=torch.float64)
         """Each block's share in the output, times bytes."""
+        self.so_far: dict[int, float] = {}
+        """Evidence for each leaf in the present document."""
 
     def read(self, number: int, document: str) -> None:
         """Read one document; routers know at each window's start what they had gathered."""
         store, router = self.engine.store, None
+        self.so_far = dict.fromkeys(self.leaves, 0.0)
         encoded = self.tokenizer.encode(document + SEPARATOR).astype("int64")
         tokens = torch.from_numpy(encoded).to(store.tokens.device)
         for at in range(0, len(tokens) - 1, store.context):
@@ -132,7 +138,13 @@ class _Reader:
         self.nats, self.bytes = self.nats + nats, self.bytes + size
         self.routed += routing * size
         first = max(self.leaves, key=lambda slot: float(routing[slot]))
-        spoke, total = reasons(self.engine.arena, self.lane, first, batch, self.top)
+        spoke = reasons(self.engine.arena, self.lane, first, batch, self.top)
+        evidence = {
+            leaf: float(path_ratios(self.engine.arena, self.lane, leaf, batch)[0].sum())
+            for leaf in self.leaves
+        }
+        for leaf, value in evidence.items():
+            self.so_far[leaf] += value
         self.parts.append(
             Part(
                 document,
@@ -140,7 +152,8 @@ class _Reader:
                 nats / LN2 / size,
                 self.largest(routing, self.leaves, self.top),
                 tuple(Why(self.tokenizer.decode(r.tokens), r.times, r.nats) for r in spoke),
-                total,
+                evidence[first],
+                self.so_far[first],
                 self.largest(norms / norms.sum(), sorted(self.tree.blocks), self.top),
             )
         )

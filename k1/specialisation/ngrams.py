@@ -19,7 +19,6 @@ from k1.evidence import UNIT, hash_bigrams
 from k1.forward import Batch, read_text
 from k1.sampling import TokenStore
 from k1.specialisation.information import Labels
-from k1.topology import Topology
 
 _CHUNK = 2**20
 """Tokens that are hashed at a time."""
@@ -92,9 +91,7 @@ class Reason:
     over the levels of the path; `tau` is not in it."""
 
 
-def reasons(
-    arena: Arena, lane: int, slot: int, batch: Batch, most: int = 3
-) -> tuple[list[Reason], float]:
+def reasons(arena: Arena, lane: int, slot: int, batch: Batch, most: int = 3) -> list[Reason]:
     """Why windows went to a block: the bigrams with the largest log-likelihood ratios for its path.
 
     Args:
@@ -105,37 +102,38 @@ def reasons(
         most: how many to name; each speaks for the block.
 
     Returns:
-        The bigrams, and the sum over all bigrams, in nats; none and 0 where the router keeps no
-        statistics.
+        The bigrams; none where the router keeps no statistics.
     """
-    config = arena.config
-    if config.model.router != "evidence":
-        return [], 0.0
-    own = batch.map(Tensor.cpu)
-    text = read_text(own, config)
-    ratio = path_ratios(arena, lane, slot, text.bigram.flatten(), text.context.flatten())
-    ratio = ratio * text.valid.flatten()
-    before = torch.cat([own.inputs[..., :1], own.inputs[..., :-1]], dim=-1).flatten()
+    inputs = batch.inputs.cpu()
+    before = torch.cat([inputs[..., :1], inputs[..., :-1]], dim=-1).flatten()
     nats: Counter[tuple[int, int]] = Counter()
     times: Counter[tuple[int, int]] = Counter()
-    pairs = zip(before.tolist(), own.inputs.flatten().tolist(), strict=True)
-    for pair, value, counts in zip(
-        pairs, ratio.tolist(), text.valid.flatten().tolist(), strict=True
-    ):
+    pairs = zip(before.tolist(), inputs.flatten().tolist(), strict=True)
+    ratios = path_ratios(arena, lane, slot, batch)
+    for pair, value, counts in zip(pairs, *(t.tolist() for t in ratios), strict=True):
         if counts:
             nats[pair] += value
             times[pair] += 1
     best = sorted(nats, key=lambda pair: (-nats[pair], pair))[:most]
-    return [Reason(p, times[p], nats[p]) for p in best if nats[p] > 0], float(ratio.sum())
+    return [Reason(p, times[p], nats[p]) for p in best if nats[p] > 0]
 
 
-def path_ratios(arena: Arena, lane: int, slot: int, bigram: Tensor, context: Tensor) -> Tensor:
-    """Log-likelihood ratios of bigrams [N] for a block and its ancestors, summed: float64 [N]."""
-    tree: Topology = arena.trees[lane]
+def path_ratios(arena: Arena, lane: int, slot: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-likelihood ratios of windows' bigrams for a block and its ancestors, summed.
+
+    Returns:
+        float64 [N] in nats, 0 where there is no bigram or the router keeps no statistics; and
+        bool [N]: there is a bigram.
+    """
+    text = read_text(batch.map(Tensor.cpu), arena.config)
+    bigram, context, valid = (t.flatten() for t in (text.bigram, text.context, text.valid))
     total = torch.zeros(len(bigram), dtype=torch.float64)
+    if arena.config.model.router != "evidence":
+        return total, valid
+    tree = arena.trees[lane]
     for on_path in tree.path(slot)[1:]:
         siblings = tree.children(tree.blocks[on_path].parent)
         counts = arena["evidence"][lane, siblings].sum(1).cpu().double() / UNIT
         ratios = log_ratios(counts, bigram, context, arena.config.evidence)
         total += ratios[siblings.index(on_path)]
-    return total
+    return total * valid, valid

@@ -67,22 +67,23 @@ def _sentence(study: Study, measure: str) -> str:
 
 def show_explanation(explanation: Explanation) -> RenderableType:
     """A table of parts, and where the text went as a whole."""
-    why = "because of" if explanation.router == "evidence" else "because of (no statistics)"
-    table = Table("text", "went to", why, "bits per byte", "responsible for the error")
+    counted = explanation.router == "evidence"
+    table = Table("text", "went to", "because of", "bits per byte", "responsible for the error")
     for part in explanation.parts[:MOST_PARTS]:
         table.add_row(
             Text(_snippet(part.text), overflow="fold"),
             _shares(part.went_to),
-            Text(_why(part)),
+            Text(_why(part) if counted else "no statistics"),
             f"{part.bits_per_byte:.2f}",
             _shares(part.responsible),
         )
     whole = ", ".join(f"{s.name} {percent(s.share)}" for s in explanation.went_to)
     lines = [
         f"In all: {explanation.bits_per_byte:.3f} bits per byte; went to {whole}.",
-        "Went to: leaves by their share in the output. Because of: bigrams (times seen) and by how "
-        "many nats they speak for the first leaf against its siblings, path and all. Responsible: "
-        "blocks by gradient norm, as shares of the sum.",
+        "Went to: leaves by their share in the output. Because of: bigrams, times seen, and by how "
+        "many nats they speak for the first leaf against its siblings, path and all; then the same "
+        "of all bigrams here and in the document so far (if that is little or below 0, learned "
+        "weights and priors decided). Responsible: blocks by gradient norm, as shares of the sum.",
     ]
     left = len(explanation.parts) - MOST_PARTS
     if left > 0:
@@ -102,4 +103,4 @@ def _shares(shares: tuple[Share, ...]) -> Text:
 
 def _why(part: Part) -> str:
     rows = [f"{readable(why.text)!r} x{why.times} {why.nats:+.2f}" for why in part.why]
-    return "\n".join(rows or ["nothing speaks for it"])
+    return "\n".join([*rows, f"all {part.evidence:+.1f}, so far {part.evidence_so_far:+.1f}"])
