@@ -98,7 +98,7 @@ def add_agent(arena: Arena, lane: int, parent: int) -> int:
         made = tree.copy_subtree(source)
         new = made[source]
         for old, fresh in made.items():
-            _clear(arena, lane, [fresh])
+            clear(arena, lane, [fresh])
             for name in _INHERITED:
                 arena[name][lane, fresh] = arena[name][lane, old]
             evidence = arena["evidence"][lane]
@@ -122,7 +122,7 @@ def add_agent(arena: Arena, lane: int, parent: int) -> int:
 
 def _make_identity(arena: Arena, lane: int, slot: int) -> None:
     """Fill a slot with a fresh block that hands its input on unchanged."""
-    _clear(arena, lane, [slot])
+    clear(arena, lane, [slot])
     seed = derive_seed("block", int(arena["data_seed"][lane]), arena.trees[lane].next_id)
     generator = torch.Generator().manual_seed(seed)
     row = initial_rows(arena.block_layout, 1, generator)[0]
@@ -132,7 +132,8 @@ def _make_identity(arena: Arena, lane: int, slot: int) -> None:
     arena["weight"][lane, slot] = row.to(arena.device)
 
 
-def _clear(arena: Arena, lane: int, slots: list[int]) -> None:
+def clear(arena: Arena, lane: int, slots: list[int]) -> None:
+    """Leave nothing of blocks in their slots."""
     for name in (*_ROW_STATE, *_RECORDS, "log_prior", "evidence", "born"):
         arena[name][lane, slots] = 0
     arena["last_culprit"][lane, slots] = NEVER
@@ -183,7 +184,7 @@ def delete_agent(arena: Arena, lane: int, slot: int) -> list[int]:
         piece = arena.block_layout.unpack(arena[name][lane, parent])
         piece["router.weight"][:, rank] = 0
         piece["router.bias"][rank] = 0
-    _clear(arena, lane, freed)
+    clear(arena, lane, freed)
     arena.set_tree(lane, tree)
     return freed
 

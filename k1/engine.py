@@ -20,6 +20,7 @@ from k1.evidence import rotate
 from k1.forward import (
     Activations,
     Batch,
+    RouterState,
     Text,
     forward,
     lane_loss,
@@ -182,9 +183,12 @@ class Engine:
         return result
 
     def gradients(
-        self, start: int, stop: int, batch: Batch, text: Text
+        self, start: int, stop: int, batch: Batch, text: Text, router: RouterState | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor, Activations]:
-        """Run a full backward pass: loss [L], gradients [L, W, P] by level and [L, Q], values."""
+        """Run a full backward pass: loss [L], gradients [L, W, P] by level and [L, Q], values.
+
+        The routing is that of a document's beginning, or begins with a given state.
+        """
         a = self.arena
         weights = a.weights(start, stop)
         weights = replace(
@@ -192,7 +196,7 @@ class Engine:
             levels=[as_leaf(w) for w in weights.levels],
             shared=as_leaf(weights.shared),
         )
-        levels, router = a.index(start, stop), a.router(start, stop)
+        levels, router = a.index(start, stop), router or a.router(start, stop)
         done = forward(weights, router, levels, batch, text, a.config)
         loss = lane_loss(weights, done.output, batch)
         grads = torch.autograd.grad(

@@ -33,12 +33,18 @@ def _fresh(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-@torch.no_grad()
 def _measure(engine: Engine, start: int, stop: int, batch: Batch) -> Tensor:
-    arena, size = engine.arena, engine.arena.config.train.batch
-    forest = arena.forest(start, stop)
+    return forest_bits(engine, engine.arena.forest(start, stop), batch)
+
+
+@torch.no_grad()
+def forest_bits(engine: Engine, forest: Forest, batch: Batch) -> Tensor:
+    """Bits per byte of trees, whoever's they are, on windows [L, B, T]: float64 [L]."""
+    size = forest.config.train.batch
     pieces = forest.shared_layout.unpack(forest.shared)
-    nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=arena.device)
+    nats, length = torch.zeros(
+        2, *forest.shared.shape[:1], dtype=torch.float64, device=batch.inputs.device
+    )
     for first in range(0, batch.inputs.shape[1], size):
         part = batch.map(itemgetter((slice(None), slice(first, first + size))))
         output = outputs(engine, forest, part)

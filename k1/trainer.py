@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k1 import edits
+from k1 import edits, merging
 from k1.arena import Arena, LaneState, check_fit, lane_layout
 from k1.checkpoint import load_checkpoint, save_checkpoint
 from k1.config import Config, read_dataclass
@@ -208,6 +208,15 @@ class Trainer:
             TopologyError: for the root or an unknown id.
         """
         edits.delete_agent(self.arena, self.lane, self.tree.slot_of(block_id))
+
+    def merge_agents(self, kept: int, gone: int) -> None:
+        """Merge the block with id `gone` into its sibling `kept`, with their subtrees.
+
+        Raises:
+            TopologyError: if they are no siblings, or differ in shape.
+        """
+        kept, gone = (self.tree.slot_of(block) for block in (kept, gone))
+        merging.merge_agents(self.arena, self.lane, kept, gone)
 
     def prune(self, fraction: float) -> list[int]:
         """Delete a fraction of the agents, least responsible first; returns their ids."""

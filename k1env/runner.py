@@ -20,6 +20,7 @@ from k1.checkpoint import (
 )
 from k1.config import read_dataclass
 from k1.errors import CheckpointError, ConfigError
+from k1.trainer import Trainer
 from k1env.env import Phase2Env
 from k1env.ledger import GENESIS, Ledger
 from k1env.run_folder import RunFolder
@@ -287,6 +288,23 @@ def open_env(folder: RunFolder, device: str, data: str | None = None) -> Phase2E
         start=arguments.start,
         device=device,
     )
+
+
+def load_system(path: Path, device: str, data: str | None = None) -> Trainer:
+    """Load the newest system of a run folder of either phase, or a checkpoint of Phase 1.
+
+    Args:
+        path: the folder.
+        device: cpu or cuda.
+        data: where its text is now, if it has moved.
+
+    Raises:
+        K1Error: if there is none, it is damaged, or the text is another.
+    """
+    if (path / "config.json").exists():
+        return load_run(path, device, data).trainer
+    newest = latest_checkpoint(path / "checkpoints")
+    return Trainer.load(newest or path, data, device=device)
 
 
 def load_run(path: Path, device: str, data: str | None = None) -> Session:

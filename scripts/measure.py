@@ -33,22 +33,16 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Load the system, measure it, print a line per domain."""
-    from k1.checkpoint import latest_checkpoint
     from k1.cli import prepare_torch
     from k1.errors import K1Error
-    from k1.trainer import Trainer, pick_device
+    from k1.trainer import pick_device
+    from k1env.runner import load_system
 
     if arguments.split not in ("test", "validation"):
         raise K1Error(f"unknown split {arguments.split!r}: choose test or validation")
     device = pick_device(arguments.device).type
     prepare_torch(device)
-    if (arguments.run / "config.json").exists():
-        from k1env.runner import load_run
-
-        trainer = load_run(arguments.run, device, arguments.data).trainer
-    else:
-        newest = latest_checkpoint(arguments.run / "checkpoints")
-        trainer = Trainer.load(newest or arguments.run, arguments.data, device=device)
+    trainer = load_system(arguments.run, device, arguments.data)
     bits = trainer.evaluate(arguments.split)
     if arguments.json:
         print(json.dumps({"split": arguments.split, "bits_per_byte": bits}))

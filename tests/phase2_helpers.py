@@ -25,7 +25,7 @@ from k1env.settings import Settings
 from tests.conftest import DOMAINS, markov_documents
 
 ROOT = Path(__file__).parent.parent
-RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID = (
+RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID, EXPLAIN = (
     ROOT / "scripts" / f"{name}.py"
     for name in (
         "run_phase2",
@@ -35,6 +35,7 @@ RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID = (
         "measure",
         "evaluate",
         "grid_search",
+        "explain",
     )
 )
 QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)

@@ -24,6 +24,7 @@ from k1env.run_folder import RunFolder
 from policies.training import TrainingFolder
 from tests.phase2_helpers import (
     EVALUATE,
+    EXPLAIN,
     GRID,
     MEASURE,
     PHASE_1,
@@ -142,6 +143,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(here / "start", here / "bad start")
     flip(here / "bad start" / "tensors.safetensors")
     TrainingFolder.create(here / "ppo", {"plan": {}, "tensorboard": False}, command(PPO))
+    (here / "bytes").write_bytes(b"\xff\xfe")
+    (here / "blank").write_text("\n")
     (here / "used").mkdir()
     (here / "used" / "thesis.txt").write_text("years of work")
     return here
@@ -221,6 +224,11 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "replay of ppo": (REPLAY, ["{}/ppo"], "is no folder of run_phase2.py"),
     "measure of ppo": (MEASURE, ["{}/ppo"], "is no folder of run_phase2.py: it was made by train"),
     "measure other data": (MEASURE, ["{}/done", "--data", "{}/small"], "one"),
+    "explain no run": (EXPLAIN, ["{}/nowhere"], "there is no checkpoint"),
+    "explain no text": (EXPLAIN, ["{}/one", "--text", "{}/nowhere"], "name a text file"),
+    "explain a folder": (EXPLAIN, ["{}/one", "--text", "{}/text"], "name a text file"),
+    "explain bytes": (EXPLAIN, ["{}/one", "--text", "{}/bytes"], "is not UTF-8"),
+    "explain nothing": (EXPLAIN, ["{}/one", "--text", "{}/blank"], "give a file with something"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
 
@@ -376,6 +384,9 @@ def test_a_run_that_was_given_relative_paths_works_from_anywhere(
     assert call(RUN, *more, "--data", "../text", cwd=place / "one").returncode == 0
     done = call(MEASURE, tmp_path / "run", "--json", cwd=tmp_path)
     assert set(json.loads(done.stdout)["bits_per_byte"]) == {"alpha", "beta", "gamma"}
+    (tmp_path / "some.txt").write_text("abc\n")
+    done = call(EXPLAIN, tmp_path / "run", "--text", "some.txt", "--json", cwd=tmp_path)
+    assert [part["text"] for part in json.loads(done.stdout)["parts"]] == ["abc"]
 
 
 # -- phase 1 ------------------------------------------------------------------------------------

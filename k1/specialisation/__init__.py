@@ -1,0 +1,1 @@
+"""Who is responsible for what: specialists among the agents, and what became of a text."""
