@@ -6,22 +6,20 @@ finished episode. A comparison that is started again leaves out what is there.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from k1.data import TextData, load_data
-from k1.durable import canonical_json
 from k1.errors import K1Error
 from k1.rng import derive_seed
 from k1env.env import Phase2Env
 from k1env.instances import Instance, find_instance, instances, instances_over
+from k1env.kept import Records
 from k1env.schedule import Task
 from k1env.settings import Settings
 from k1env.vector import Phase2VectorEnv
@@ -61,90 +59,15 @@ class Plan:
         ]
 
 
-@dataclass
-class Records:
-    """Records of finished episodes, in a file if there is one."""
-
-    path: Path | None
-    head: dict[str, Any]
-    episodes: dict[Key, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path | None, head: dict[str, Any]) -> Records:
-        """Read what a file holds, or begin it.
-
-        Raises:
-            K1Error: if the file is about something else, or cannot be read or written.
-        """
-        made = cls(path, head)
-        if path is None:
-            return made
-        try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line off
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except (OSError, ValueError) as error:
-            raise K1Error(
-                f"{path} cannot be read as records ({error}): name another file"
-            ) from None
-        first = canonical_json(head) + "\n"
-        if not lines and first.startswith(text):  # new, or its first line was cut off
-            made._write(first, "w")
-            return made
-        _check_head(path, lines[0] if lines else None, head)
-        try:
-            made.episodes = {(row["policy"], row["world"], row["seed"]): row for row in lines[1:]}
-        except (KeyError, TypeError):
-            raise K1Error(f"{path} holds a line that is no record: name another file") from None
-        if whole != text:
-            made._write(whole, "w")
-        return made
-
-    def check_made_by(self, policy: str, identity: str | None) -> None:
-        """See that a policy's episodes were played by what plays under its name now.
-
-        Raises:
-            K1Error: if not.
-        """
-        if any(r["policy"] == policy and r["made_by"] != identity for r in self.episodes.values()):
-            raise K1Error(
-                f"{self.path} holds episodes of another {policy} than there is now: name another "
-                "file"
-            )
-
-    def add(self, key: Key, record: dict[str, Any]) -> None:
-        """Add an episode; it is on the disk before this returns."""
-        policy, world, seed = key
-        row = {"policy": policy, "world": world, "seed": seed, **record}
-        self.episodes[key] = row
-        if self.path is not None:
-            self._write(canonical_json(row) + "\n", "a")
-
-    def _write(self, text: str, mode: str) -> None:
-        assert self.path is not None
-        try:
-            with self.path.open(mode, encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise K1Error(f"{self.path} cannot be written ({error}): name another file") from None
-
-
-def _check_head(path: Path, found: Any, head: dict[str, Any]) -> None:
-    """See that records are about what is asked for.
+def _check_made_by(kept: Records, policy: str, identity: str | None) -> None:
+    """See that a policy's episodes were played by what plays under its name now.
 
     Raises:
         K1Error: if not.
     """
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise K1Error(f"{path} holds no records of this version of K-1: name another file")
-    plain = json.loads(canonical_json(head))
-    other = [name for name in plain if found.get(name) != plain[name]]
-    if other:
+    if any(r["policy"] == policy and r["made_by"] != identity for r in kept.rows.values()):
         raise K1Error(
-            f"{path} holds records with other {', '.join(other)}: name another file, or ask for "
-            "the same"
+            f"{kept.path} holds episodes of another {policy} than there is now: name another file"
         )
 
 
@@ -203,33 +126,34 @@ def evaluate(
         "split": plan.split,
         "device": where.device.type,
     }
-    kept = Records.open(records, head)
+    kept = Records.open(records, head, ("policy", "world", "seed"))
     made_by = {
         policy: fixed[policy].identity if policy in fixed else None for policy in plan.policies
     }
     for policy, identity in made_by.items():
-        kept.check_made_by(policy, identity)
-    queue = deque(key for key in planned if key not in kept.episodes)
-    before = len(kept.episodes)
+        _check_made_by(kept, policy, identity)
+    queue = deque(key for key in planned if key not in kept.rows)
+    before = len(kept.rows)
 
     def expired() -> bool:
         return time.monotonic() - began > max_seconds
 
     def seat(env: Phase2Env) -> Task[None]:
         while queue and not expired():
-            key = policy, world, seed = queue.popleft()
+            policy, world, seed = queue.popleft()
             contestant = fixed.get(policy)
             if contestant is None:
                 luck = derive_seed("contestant", policy, world, seed)
                 contestant = make_contestant(policy, envs.actions, seed=luck, preset=plan.preset)
             task = play(env, contestant, worlds[world], seed, split=plan.split, expired=expired)
-            kept.add(key, {"made_by": made_by[policy], **(yield from task)})
-            progress(sum(key in kept.episodes for key in planned), len(planned))
+            about = {"policy": policy, "world": world, "seed": seed, "made_by": made_by[policy]}
+            kept.add({**about, **(yield from task)})
+            progress(sum(key in kept.rows for key in planned), len(planned))
 
     with suppress(TimeUp):  # what is unfinished is played again another time
         envs.run([seat(env) for env in envs.envs])
-    finished = [kept.episodes[key] for key in planned if key in kept.episodes]
-    seconds, played = time.monotonic() - began, len(kept.episodes) - before
+    finished = [kept.rows[key] for key in planned if key in kept.rows]
+    seconds, played = time.monotonic() - began, len(kept.rows) - before
     return Evaluation(finished, len(planned), seconds, played, head)
 
 
