@@ -40,7 +40,7 @@ FORMAT = 1
 NAMES = ("cheat", "domain", "age", "number", "horizon", "anneal")
 EARLY, LATE = "early", "late"
 NOTHING, ROUNDING, LUCK = "nothing", "rounding", "luck"
-FACTORS = (0.5, 1.25, 1.5, 2.0, 4.0)
+FACTORS = (0.5, 1.1, 1.25, 1.5, 2.0, 4.0)
 """By which the learning rate is multiplied; the gains come out as they do."""
 LATE_AT = 10
 """The late system has trained so many times as long as the early one."""
@@ -293,13 +293,16 @@ def calibrate(
     queue = deque(trial for trial in planned if trial.key not in kept.rows)
     before, left = len(kept.rows), len(queue)
 
+    def expired() -> bool:
+        return time.monotonic() - began >= max_seconds
+
     def work(calibration: Calibration, first: int) -> Task[None]:
-        while queue and time.monotonic() - began < max_seconds:
+        while queue and not expired():
             trial = queue.popleft()
             kept.add((yield from calibration.attempt(trial, first)))
             progress(len(planned) - left + len(kept.rows) - before, len(planned))
 
-    if queue:
+    if queue and not expired():
         calibration = Calibration(plan)
         calibration.prepare()
         _check_states(kept, calibration.states)

@@ -121,8 +121,9 @@ def beside_naive(rows: list[Row], gate: GateConfig) -> Table:
     note = (
         f"The same records under other rules. Promotions: stages that open in {ATTEMPTS:,} "
         "attempts with `luck`, whose verdicts are those of the records in their order, over and "
-        "over if there are fewer. The gate's need evidence too; with a naive rule, successes are counted (3, 5, "
-        "10). The last column is how many attempts the naive rule takes to stage 4 on average."
+        "over if there are fewer. The gate's need evidence too; with a naive rule, "
+        "successes are counted (3, 5, 10). The last column is how many attempts the naive rule "
+        "takes to stage 4 on average."
     )
     headers = ("rule", "accepts `nothing`", "accepts `luck`", "promotions", "attempts to stage 4")
     return Table("Naive rules beside it", note, headers, table)
@@ -202,13 +203,14 @@ def known_effects(rows: list[Row], gate: GateConfig) -> Table:
             verdicts = [gate_ruling(t, config) for t in trials]
             cells.append(f"{sum(ok for ok, _ in verdicts) / len(verdicts):.0%}")
         cost = sum(done for _, done in verdicts) / len(verdicts) * each  # at the largest effect
-        table.append((str(seeds), percent(margin), *cells, f"{seeds * each:,}", f"{cost:,.0f}"))
+        figures = f"{len(verdicts)}", f"{seeds * each:,}", f"{cost:,.0f}"
+        table.append((str(seeds), percent(margin), *cells, *figures))
     note = (
         "The differences of each changed learning rate in each cell, moved so that their mean is "
         "the effect and cut into trials of so many seeds. Steps are lane steps: of a trial that "
         f"runs to its end, and on average at {percent(EFFECTS[-1], 1)}."
     )
-    headers = ("seeds", "margin", *map(percent, EFFECTS), "steps", "average")
+    headers = ("seeds", "margin", *map(percent, EFFECTS), "trials", "steps", "average")
     return Table("Replicates and margin", note, headers, table)
 
 

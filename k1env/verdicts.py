@@ -35,7 +35,7 @@ def gate_ruling(gains: Sequence[float], config: GateConfig) -> tuple[bool, int]:
         Whether the cheat is accepted, and after how many seeds that was known.
     """
     done = 0
-    if not gains:
+    if len(gains) == 0:
         return False, min(config.early, config.seeds)
     while done < config.seeds:
         done += min(config.group if done else config.early, config.seeds - done)

@@ -20,7 +20,12 @@ REAL_GATE = {"horizon": 8, "anneal": 2, "windows": 16}
 
 
 def attack(
-    data: TextData, settings: Settings | None = None, *, stage: int = 1, seed: int = 0, **bounds: Any
+    data: TextData,
+    settings: Settings | None = None,
+    *,
+    stage: int = 1,
+    seed: int = 0,
+    **bounds: Any,
 ) -> Session:
     """A session that has just begun, in a stage, with some bounds replaced."""
     made = Session(settings or real(), data, seed=seed)

@@ -143,9 +143,7 @@ def spoil(thing: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 4])
-def test_acting_after_the_end(
-    data: TextData, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
+def test_acting_after_the_end(data: TextData, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     env = Phase2Env(config=generous(monkeypatch), data=data)
     env.reset(seed=0)
     env.session.boundary = boundary_at(stage, capacity=env.session.arena.scratch - 1)
