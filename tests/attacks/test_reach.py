@@ -17,7 +17,7 @@ from k1env.outcome import MemoryLedger
 from k1env.session import Session
 from k1env.vector import Phase2VectorEnv
 from tests.attacks.helpers import Books, attack, earned_nothing, generous, play
-from tests.phase2_helpers import boundary_at, index_of, kinds, quick, smallest
+from tests.phase2_helpers import boundary_at, index_of, kinds, smallest
 
 BAD: list[Any] = [
     math.nan, math.inf, -math.inf, 0.5, -1, 10**30, None, "0", b"0", [0], {}, np.nan,
@@ -25,8 +25,8 @@ BAD: list[Any] = [
 ]  # fmt: skip
 
 
-def begin(data: TextData, **fields: Any) -> Phase2Env:
-    env = Phase2Env(config=quick(**fields), data=data)
+def begin(data: TextData, **gate: Any) -> Phase2Env:
+    env = Phase2Env(config=smallest(gate), data=data)
     env.reset(seed=0)
     return env
 
@@ -44,7 +44,7 @@ def test_memorising_the_gate_pool(data: TextData) -> None:
     """What a controller is shown does not depend on the gate pool, and nothing trains on it."""
     shown = []
     for scramble in (False, True):
-        env = begin(data, gate={"alpha": 1e-12})
+        env = begin(data, alpha=1e-12)
         store = env.session.engine.store
         if scramble:
             for domain in range(len(store.domains)):
