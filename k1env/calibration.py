@@ -147,10 +147,15 @@ class OtherLuck(Gate):
 class Calibration:
     """The systems that trials start from, in the first lanes of an arena, and room for trials."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Lay out the arena; nothing is trained yet."""
+    def __init__(self, plan: Plan, wide: bool | None = None) -> None:
+        """Lay out the arena; nothing is trained yet.
+
+        Args:
+            plan: what is to be tried.
+            wide: whether many lanes go through the engine as one batch, by default on a GPU.
+        """
         self.plan, self.cells = plan, plan.cells
-        settings, wide = plan.settings, plan.device.type != "cpu"
+        settings, wide = plan.settings, plan.device.type != "cpu" if wide is None else wide
         self.size = 2 * settings.gate.seeds
         first = len(self.cells)
         lanes = first + plan.at_once * self.size

@@ -124,6 +124,18 @@ def test_a_full_trial_says_what_the_gate_would_have_said(ready: Calibration) -> 
     assert len(ends) > 1, "one of them ended early"
 
 
+def test_wide_calls_measure_the_same(plan: Plan, ready: Calibration) -> None:
+    """As on a GPU: trials of several kinds and lengths in one batch, to rounding."""
+    wide = Calibration(plan, wide=True)
+    wide.prepare()
+    trials = [Trial(LUCK, "beta", "late", 0, 2, 2), Trial("lr x2", "alpha", "early", 0, 4, 2)]
+    tasks = [wide.attempt(t, at) for t, at in zip(trials, wide.places, strict=True)]
+    for trial, row in zip(trials, wide.scheduler.run(tasks), strict=True):
+        (alone,) = ready.scheduler.run([ready.attempt(trial, ready.places[0])])
+        assert row["gains"] == pytest.approx(alone["gains"], abs=2e-6)
+        assert row["test"] == pytest.approx(alone["test"], abs=2e-6)
+
+
 # -- plans and records ---------------------------------------------------------------------------
 
 
