@@ -8,7 +8,7 @@ margin and after any number of seeds. Cheats of a trial:
 * `nothing` changes nothing: differences have to be exactly 0;
 * `rounding` changes every weight by about a millionth of itself;
 * `luck` changes nothing either, but its twins meet other batches of the same text than the
-  control's do: differences are pure noise, and larger than the gate ever meets;
+  control's do: differences are pure noise;
 * `lr x2` and the like multiply the learning rate: they help or harm, by as much as all trials of
   the same cell show together.
 """

@@ -202,13 +202,14 @@ def known_effects(rows: list[Row], gate: GateConfig) -> Table:
             trials = [t for noise in noises for t in regroup(shifted(noise, effect), seeds)]
             verdicts = [gate_ruling(t, config) for t in trials]
             cells.append(f"{sum(ok for ok, _ in verdicts) / len(verdicts):.0%}")
-        cost = sum(done for _, done in verdicts) / len(verdicts) * each  # at the largest effect
+        useless = [t for noise in noises for t in regroup(shifted(noise, 0.0), seeds)]
+        cost = sum(gate_ruling(t, config)[1] for t in useless) / len(useless) * each
         figures = f"{len(verdicts)}", f"{seeds * each:,}", f"{cost:,.0f}"
         table.append((str(seeds), percent(margin), *cells, *figures))
     note = (
         "The differences of each changed learning rate in each cell, moved so that their mean is "
         "the effect and cut into trials of so many seeds. Steps are lane steps: of a trial that "
-        f"runs to its end, and on average at {percent(EFFECTS[-1], 1)}."
+        "runs to its end, and on average of one whose effect is 0."
     )
     headers = ("seeds", "margin", *map(percent, EFFECTS), "trials", "steps", "average")
     return Table("Replicates and margin", note, headers, table)
@@ -314,8 +315,9 @@ would have done with the same trials. [theory.md](theory.md#the-gate) says how t
 AFTER = """
 ## How to read this
 
-- `luck` is a harder case than a controller can bring about: its twins meet different batches, as
-  the gate's own never do, so its noise is larger. `nothing` is the do-nothing cheat itself.
+- `luck` is what no controller can bring about: its twins meet different batches, as the gate's own
+  never do, and all of their difference is noise. `nothing` is the do-nothing cheat itself. The column
+  at the margin of "Replicates and margin" is the worst case: what is just too little.
 - Every trial runs all its seeds here; what the gate would have decided, and after how many seeds,
   follows from their differences. In a session the first seed goes on with the system's own stream;
   here all seeds have fresh ones, so that trials of one system are independent of each other.
