@@ -316,8 +316,8 @@ AFTER = """
 ## How to read this
 
 - `luck` is what no controller can bring about: its twins meet different batches, as the gate's own
-  never do, and all of their difference is noise. `nothing` is the do-nothing cheat itself. The column
-  at the margin of "Replicates and margin" is the worst case: what is just too little.
+  never do, and all of their difference is noise. `nothing` is the do-nothing cheat itself. The
+  column at the margin of "Replicates and margin" is the worst case: what is just too little.
 - Every trial runs all its seeds here; what the gate would have decided, and after how many seeds,
   follows from their differences. In a session the first seed goes on with the system's own stream;
   here all seeds have fresh ones, so that trials of one system are independent of each other.
