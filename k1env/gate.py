@@ -130,7 +130,11 @@ def compare(
     With `stop`, the question is turned round: `other` is the system that trained on, `cheat` the
     one that stopped, and the test is passed if training on gains less than the margin.
     """
-    pairs = differences(other, cheat, stop=stop)
+    return judge(differences(other, cheat, stop=stop), config, stop=stop)
+
+
+def judge(pairs: Sequence[float], config: GateConfig, *, stop: bool = False) -> Comparison:
+    """Do what `compare` does, on the differences themselves."""
     if not all(math.isfinite(d) for d in pairs):
         return NOT_FINITE
     mean = math.fsum(pairs) / len(pairs)
@@ -142,6 +146,17 @@ def compare(
         p = float(stats.ttest_1samp(pairs, popmean=config.margin, alternative=side).pvalue)
     passed = len(pairs) == config.seeds and std > 0 and p <= config.alpha
     return Comparison(tuple(pairs), mean, std, p, passed)
+
+
+def hopeless(gains: Sequence[float], config: GateConfig, *, stop: bool = False) -> bool:
+    """Whether the differences of the seeds so far speak against the cheat, so that a trial ends."""
+    if not all(math.isfinite(gain) for gain in gains):
+        return True
+    mean = math.fsum(gains) / len(gains)
+    if len(gains) <= config.early:
+        limit = config.margin if stop else 0.0
+        return all(not (d < limit if stop else d > limit) for d in gains)
+    return not mean < config.margin if stop else not mean > config.margin
 
 
 class Gate:
@@ -299,24 +314,11 @@ class Gate:
 
     def _hopeless(self, scores: Scores, stop: bool) -> bool:
         """Whether the seeds so far speak against the cheat, over control or shadow."""
-        config = self.config
-        for arm in scores:
-            if arm == CHEAT:
-                continue
-            gains = differences(scores[arm], scores[CHEAT], stop=stop)
-            if not all(math.isfinite(gain) for gain in gains):
-                return True
-            mean = math.fsum(gains) / len(gains)
-            if len(gains) <= config.early:
-                limit = config.margin if stop else 0.0
-                against = all(not (d < limit if stop else d > limit) for d in gains)
-            elif stop:
-                against = not mean < config.margin
-            else:
-                against = not mean > config.margin
-            if against:
-                return True
-        return False
+        return any(
+            hopeless(differences(scores[arm], scores[CHEAT], stop=stop), self.config, stop=stop)
+            for arm in scores
+            if arm != CHEAT
+        )
 
     def _judge(
         self,

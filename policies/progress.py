@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar in a terminal, lines elsewhere."""
+"""How far long work is: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LINES = 20
 
 
 @contextmanager
-def episodes_bar() -> Iterator[Progress]:
-    """Show finished episodes on standard error."""
+def progress_bar(what: str = "episodes") -> Iterator[Progress]:
+    """Show on standard error how many pieces of work are finished."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -30,11 +30,11 @@ def episodes_bar() -> Iterator[Progress]:
 
         def line(done: int, planned: int) -> None:
             if done == planned or done % max(1, planned // _LINES) == 0:
-                print(f"{done} of {planned} episodes", file=sys.stderr, flush=True)
+                print(f"{done} of {planned} {what}", file=sys.stderr, flush=True)
 
         yield line
         return
-    columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
     with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("episodes", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, planned: bar.update(task, completed=done, total=planned)

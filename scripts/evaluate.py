@@ -64,7 +64,7 @@ def main(arguments: Arguments) -> int:
     from policies.contestants import default_policies
     from policies.evaluation import Plan, evaluate
     from policies.plot import plot
-    from policies.progress import episodes_bar
+    from policies.progress import progress_bar
     from policies.report import markdown, show
 
     policies = default_policies(arguments.preset)
@@ -92,7 +92,7 @@ def main(arguments: Arguments) -> int:
         device=device,
         num_envs=arguments.num_envs or (8 if device == "cpu" else 128),
     )
-    with episodes_bar() as progress:
+    with progress_bar() as progress:
         done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
     result = compare_all(done.records, reference, arguments.pairs)
     command = " ".join(["python", *sys.argv])

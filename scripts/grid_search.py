@@ -50,7 +50,7 @@ def main(arguments: Arguments) -> int:
     from k1.trainer import pick_device
     from policies.evaluation import Plan, evaluate
     from policies.grid import GRID, choose, settings_of
-    from policies.progress import episodes_bar
+    from policies.progress import progress_bar
     from policies.schedules import STATIC_FILE, known_statics
 
     grid = dict(GRID)
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> int:
     limit = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not limit > 0:
         raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
-    with episodes_bar() as progress:
+    with progress_bar() as progress:
         done = evaluate(plan, arguments.records, max_seconds=60 * limit, progress=progress)
     found = choose(done.records, settings)
     if found is None:
