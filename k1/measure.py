@@ -21,9 +21,11 @@ def measure(engine: Engine, start: int, stop: int, batch: Batch) -> Tensor:
         return _measure(engine, start, stop, batch)
     arena = engine.arena
     levels = tuple((i.width, i.children.shape[-1]) for i in arena.index(start, stop))
-    windows, most = batch.inputs.shape[1], arena.leaves(start, stop).most
+    windows, most = tuple(batch.inputs.shape[1:]), arena.leaves(start, stop).most
     shape = ("measure", start, stop, windows, levels, most)
-    held = engine.measured.setdefault(shape, batch.map(_fresh))
+    if shape not in engine.measured:
+        engine.measured[shape] = batch.map(_fresh)
+    held = engine.measured[shape]
     for name in ("inputs", "targets", "starts", "domain"):
         getattr(held, name).copy_(getattr(batch, name))
     return engine.graphs.run(shape, partial(_measure, engine, start, stop, held)).clone()

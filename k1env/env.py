@@ -171,6 +171,7 @@ class Phase2Env(gym.Env[Observation, np.int64]):
             yield from self._begin_task(seed, None)
         finally:
             self.session.ledger = ledger
+            self.session.bits = {}  # no episode has begun
 
     def _new_session(self, seed: int, seat: Seat | None = None) -> Session:
         return Session(
@@ -226,7 +227,9 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         self.session.start = self._start or self._trained.get(start)
         yield from self.session.begin_task()
         trained = self.session.trained
-        if self._start is None and trained is not None and start not in self._trained:
+        wanted = self._starts is None or instance is None  # other worlds would fill the memory
+        known = start in self._trained or self._start is not None
+        if wanted and not known and trained is not None:
             while self._starts is None and len(self._trained) >= _MOST_TRAINED:
                 del self._trained[next(iter(self._trained))]
             self._trained[start] = trained

@@ -173,7 +173,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """
         worlds = _each("instance", instance, self.num_envs)
         numbers = list(range(self.num_envs) if chosen is None else chosen)
-        self._prepare()
+        self.prepare()
         for i in numbers:
             self._observations[i] = None
         tasks = [self.envs[i].reset_task(seeds[i], {"instance": worlds[i]}) for i in numbers]
@@ -182,7 +182,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             self._observations[i], self._ended[i] = observation, False
         return done
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Run Phase 1 for all starts, before anything else: so it comes to the same every time."""
         while self._unprepared:
             now = self._unprepared[: self.num_envs]
@@ -257,7 +257,7 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             CheckpointError: if it belongs to others.
         """
-        self._prepare()
+        self.prepare()
         self._observations = [None] * self.num_envs
         self._ended = restore_vector_snapshot(self.envs, tensors, state)
         self._observations = [env.observe()[0] for env in self.envs]

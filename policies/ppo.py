@@ -152,7 +152,7 @@ class TrainingEnv(VecEnvWrapper):
             divisor = self.scale.update(rewards, ends, self.settings.gamma)
             limit = self.settings.reward_limit
             rewards = np.clip(rewards / divisor, -limit, limit).astype(np.float32)
-        return cast(Arrays, observations), rewards, ends, infos
+        return cast(Arrays, observations), rewards.astype(np.float32), ends, infos
 
     def _expected(
         self, reference: Reference, ends: np.ndarray, infos: list[dict[str, Any]]
@@ -192,8 +192,12 @@ class TrainingEnv(VecEnvWrapper):
         self._return[:], self._length[:] = state["return"], state["length"]
         self._gain[:] = state["gain"]
         curves = state["reference"]
+        if (curves is not None) != self.settings.paired:
+            raise ValueError("rewards are paired in one of plan and state only")
         if curves is not None:  # JSON has no numbers for keys
             self.reference = Reference({int(seed): list(c) for seed, c in curves.items()})
+            if not all(len(c) > 1 and np.isfinite(c).all() for c in self.reference.curves.values()):
+                raise ValueError("a curve of the reference is none")
 
 
 @dataclass(frozen=True)

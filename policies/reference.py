@@ -3,8 +3,8 @@
 Most of an episode's return is decided by its world: fresh weights have much to learn, trained ones
 little. So a controller can learn from its rewards less those that the no-op would have had from the
 same start for the same compute. The differences add up to the return less that of the no-op's
-episode, which is the same whatever the controller does, so what is best stays best. And a trial
-costs at once what its compute would have been worth.
+episode, which is the same whatever the controller does, so by the sum of rewards what is best stays
+best. And a trial costs at once what its compute would have been worth.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def train_on_alone(envs: Phase2VectorEnv, seeds: Iterable[int]) -> Reference:
         envs: the environments.
         seeds: of the starts.
     """
+    envs.prepare()
     found, queue = Reference(), deque(seeds)
     noop = envs.actions.index("no-op")
 

@@ -53,7 +53,8 @@ config.json     the settings, the exact command, and the versions that it was st
 metrics.jsonl   one JSON object for each update; null stands for what was not measured
 checkpoints/    {BEST}: the weights that did best on validation worlds; {LAST}: the newest ones;
                 step-N: those after N decisions, at each validation; {RESUME}: all that it takes to
-                go on, environments included. Tensors, plain JSON, and their SHA-256
+                go on, environments included unless they were to be left out. Tensors, plain JSON,
+                and their SHA-256
 tensorboard/    the same figures for TensorBoard, if they were asked for
 summary.json    what it came to so far, written when it ends or pauses
 run.lock        marks a training in progress; it may stay behind and does no harm
@@ -229,6 +230,7 @@ class Training:
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
+                self.env.vec_env.settle()  # as it is after an update, and after a resume
                 self._save()  # from here on there always is a state to go on from
             longest, saved = 0.0, time.monotonic()
             limit = math.inf if max_minutes is None else 60 * max_minutes

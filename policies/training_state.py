@@ -11,6 +11,7 @@ from torch import Tensor
 
 from k1.config import read_dataclass
 from k1.errors import CheckpointError
+from k1.rng import derive_seed
 from policies.learned import check_weights
 from policies.ppo import TrainingEnv
 
@@ -74,7 +75,8 @@ def restore_state(
         check_weights(_under("network.", tensors), network.state_dict())
         env.load_state_dict(state["rewards"])
         if state["environments"] is None:
-            env.seed(model.seed + state["timesteps"])  # not the episodes that it began with
+            # Not the episodes that it began with.
+            env.seed(derive_seed("resume", model.seed, state["timesteps"]) % (1 << 31))
             observations, starts = env.reset(), torch.ones(env.num_envs, dtype=torch.bool)
         else:
             env.vec_env.restore(_under("environment.", tensors), state["environments"])
@@ -101,7 +103,15 @@ def restore_state(
         if starts.shape != (env.num_envs,) or starts.dtype not in (torch.bool, torch.float32):
             raise ValueError("episode_starts are of other environments")
         model._last_episode_starts = starts.numpy()
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"the state is of another training or another version of K-1 ({reason}): "

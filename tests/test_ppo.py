@@ -202,9 +202,9 @@ def test_what_is_forgone_by_ending_early_counts() -> None:
 
 
 def test_a_reference_survives_a_save(data: TextData) -> None:
-    env = training_env(data)
+    env = training_env(data, replace(SETTINGS, paired=True))
     env.reference = Reference({3: [0.0, 1.5], 0: [0.0, -2.0]})
     kept = json.loads(json.dumps(env.state_dict()))
-    other = training_env(data)
+    other = training_env(data, replace(SETTINGS, paired=True))
     other.load_state_dict(kept)
     assert other.reference == env.reference
