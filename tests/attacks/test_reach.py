@@ -72,7 +72,7 @@ def test_windows_of_the_gate_are_never_met_again(data: TextData) -> None:
 # -- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: f"{type(bad).__name__} {bad!r}"[:30])
+@pytest.mark.parametrize("bad", BAD, ids=[f"{i}-{type(bad).__name__}" for i, bad in enumerate(BAD)])
 def test_no_number_but_an_action_is_one(data: TextData, bad: Any, env: Phase2Env) -> None:
     before = state_of(env)
     for reach in (env.step, env.peek):
