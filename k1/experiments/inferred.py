@@ -11,6 +11,7 @@ Shapes: R readers, L lanes, D texts, K windows of each, T tokens in a window, N 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -53,12 +54,12 @@ def texts(views: Views, view: str, domain: str) -> Passages:
     return Passages(inputs, targets, starts, torch.ones_like(starts))
 
 
-class InferringLearner(Learner):
+class InferringLearner(Learner, ABC):
     """A learner that has several readers, or one whose forward pass is its own."""
 
+    @abstractmethod
     def reading(self, start: int, stop: int) -> Reading:
         """What the readers of lanes start..stop make of a text."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def measure(self, views: Views, view: str) -> list[list[float]]:
