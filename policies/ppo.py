@@ -183,7 +183,7 @@ class TrainingEnv(VecEnvWrapper):
             "return": self._return.tolist(),
             "length": self._length.tolist(),
             "gain": self._gain.tolist(),
-            "reference": None if self.reference is None else self.reference.curves,
+            "reference": None if self.reference is None else self.reference.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,10 +194,8 @@ class TrainingEnv(VecEnvWrapper):
         curves = state["reference"]
         if (curves is not None) != self.settings.paired:
             raise ValueError("rewards are paired in one of plan and state only")
-        if curves is not None:  # JSON has no numbers for keys
-            self.reference = Reference({int(seed): list(c) for seed, c in curves.items()})
-            if not all(len(c) > 1 and np.isfinite(c).all() for c in self.reference.curves.values()):
-                raise ValueError("a curve of the reference is none")
+        if curves is not None:
+            self.reference = Reference.from_state(curves)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,22 @@ class Reference:
     def rest(self, seed: int, begin: float) -> float:
         """What the no-op earns from an amount of compute on, to the end of its episode."""
         return self.between(seed, begin, math.inf)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the curves as plain JSON data, which has no numbers for keys."""
+        return {str(seed): curve for seed, curve in self.curves.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Sequence[float]]) -> Reference:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: if a curve is none.
+        """
+        curves = {int(seed): list(curve) for seed, curve in state.items()}
+        if not all(len(curve) > 1 and np.isfinite(curve).all() for curve in curves.values()):
+            raise ValueError("a curve of the reference is none")
+        return cls(curves)
 
 
 def train_on_alone(envs: Phase2VectorEnv, seeds: Iterable[int]) -> Reference:

@@ -32,7 +32,8 @@ def resident_bytes() -> int:
 
 def soak(data: TextData, lanes: int, steps: int, device: str) -> dict[str, Any]:
     """Let random policies act in `lanes` environments, `steps` decisions in all."""
-    envs = Phase2VectorEnv(lanes, config=smallest(max_decisions=40), data=data, device=device)
+    config = smallest(max_decisions=40)
+    envs = Phase2VectorEnv(lanes, config=config, data=data, device=device, wide=True)
     envs.reset(seed=0)
     draws, turns = np.random.default_rng(0), steps // lanes
     found: dict[str, Any] = {"episodes": 0, "tried": 0, "credited": 0, "stages": set()}

@@ -94,11 +94,13 @@ def kill_in_update(training: Training, number: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training.env, "step_wait", dies)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("kind", ["separate", "wide", "paired"])
 def test_a_killed_training_goes_on_to_the_same_learning_curve(
-    wide: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = plan(text, wide=wide)
+    chosen = plan(text, wide=kind == "wide")
+    if kind == "paired":
+        chosen = replace(chosen, starts=3, ppo=replace(chosen.ppo, paired=True))
     whole = Started(tmp_path / "whole", chosen)
     assert whole.run(resume=False)["stop_reason"] == ALL_STEPS
     killed = Started(tmp_path / "killed", chosen)
