@@ -15,13 +15,17 @@ MISTAKE = 2
 """Exit status for a user's mistake."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+OUT_OF_MEMORY = (
+    "take a smaller preset, fewer environments or trials side by side, or --device cpu; what was "
+    "saved is whole"
+)
 
 
 def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> None:
     """Parse the command line into a dataclass and run `main`; never returns.
 
     A `K1Error`, of `main` or of the dataclass itself, becomes one line on standard error and exit
-    status 2.
+    status 2; so does a device without enough memory.
     """
     import tyro
 
@@ -30,10 +34,20 @@ def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> 
     except K1Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it need not have been imported
+            raise
+        print(f"error: {_first_sentences(str(error))}; {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(code or 0)
+
+
+def _first_sentences(text: str) -> str:
+    """What torch says of memory that ran out, without its advice."""
+    return ". ".join(text.split(". ")[:2]).rstrip(".")
 
 
 def optional(metavar: str) -> Any:

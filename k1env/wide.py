@@ -24,7 +24,7 @@ from k1env.schedule import Evaluate, Keep, Read, Records, Score, Train, read_rec
 CALL = 64
 """Lanes that a call costs besides those that it is about, and the width of the narrowest call."""
 
-WIDEST = 512
+WIDEST = 256
 """Width of the widest call: more lanes take more memory at once, and no less time each."""
 
 

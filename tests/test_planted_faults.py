@@ -97,7 +97,7 @@ def test_a_planted_fault_is_found_by_chance(
     """Without a script that leads to it."""
     PlayMachine.data = data
     fault.plant(monkeypatch)
-    once = settings(CI, max_examples=30, phases=[Phase.generate], report_multiple_bugs=False)
+    once = settings(CI, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.raises(Broken):
         run_state_machine_as_test(PlayMachine, settings=once)
 
