@@ -410,8 +410,12 @@ class Arena:
             CheckpointError: if the copy comes from an arena of other sizes.
         """
         check_fit(saved.tensors, self._layout)
-        values = [saved.tensors[name].to(self.device) for name in self.state]
-        copy_all([tensor[lane] for tensor in self.state.values()], values)
+        rows = [(tensor[lane], saved.tensors[name]) for name, tensor in self.state.items()]
+        near = [(row, kept) for row, kept in rows if kept.device == row.device]
+        copy_all([row for row, _ in near], [kept for _, kept in near])
+        for row, kept in rows:
+            if kept.device != row.device:  # one by one, for the device may hold no second lane
+                row.copy_(kept)
         self.host_step[lane] = int(saved.tensors["step"])
         self.host_top_k[lane] = int(saved.tensors["top_k"])
         self._hyper[lane] = self._mix[lane] = None

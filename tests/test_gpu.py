@@ -46,6 +46,16 @@ def test_cuda_computes_what_the_cpu_computes(make, data):
     )
 
 
+def test_a_lane_from_elsewhere_needs_no_room_of_its_own(make, data):
+    kept = make(model={"embed": 128, "feed_forward": 512}).arena.read_lane(0)
+    trainer = Trainer(make(model={"embed": 128, "feed_forward": 512}).config, data, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.arena.write_lane(0, kept)
+    size = sum(t.numel() * t.element_size() for t in kept.tensors.values())
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * size
+
+
 def test_a_path_gradient_is_the_full_gradient_of_the_leaf(make):
     trainer = Trainer(make().config, make().data, seed=3, device="cuda")
     engine, arena = trainer.engine, trainer.arena
