@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from k1.tables import Table
 from k1env.boundary import SUCCESSES_TO_ADVANCE
 from k1env.calibration import LUCK, NOTHING, ROUNDING, select
 from k1env.gate import GateConfig
@@ -28,16 +29,6 @@ EFFECTS = (0.001, 0.002, 0.005, 0.01)
 EDGES = (-math.inf, 0.0, 0.001, 0.003, 0.007, 0.015, math.inf)
 """Bounds of the bins of true gains."""
 GATE = "K-1's gate"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a title and a sentence on how to read it."""
-
-    title: str
-    note: str
-    headers: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 def rate(hits: int, tries: int) -> str:
@@ -98,7 +89,7 @@ def false_accepts(rows: list[Row], gate: GateConfig) -> Table:
             table.append((cheat, name, *figures))
     note = "Accepted with the 95 % interval of Clopper and Pearson. `std` is over single seeds."
     headers = ("cheat", "system", "accepted", "all seeds exactly 0", "std")
-    return Table("False acceptances", note, headers, table)
+    return Table("False acceptances", headers, table, note)
 
 
 def beside_naive(rows: list[Row], gate: GateConfig) -> Table:
@@ -126,7 +117,7 @@ def beside_naive(rows: list[Row], gate: GateConfig) -> Table:
         "takes to stage 4 on average."
     )
     headers = ("rule", "accepts `nothing`", "accepts `luck`", "promotions", "attempts to stage 4")
-    return Table("Naive rules beside it", note, headers, table)
+    return Table("Naive rules beside it", headers, table, note)
 
 
 def null_promotions(rows: list[Row], gate: GateConfig) -> Table:
@@ -150,7 +141,7 @@ def null_promotions(rows: list[Row], gate: GateConfig) -> Table:
         "rate of acceptance, by arithmetic on the evidence."
     )
     headers = ("rate", "per attempt", "3 successes", "5 successes", "10 successes")
-    return Table("Promotion by luck", note, headers, table)
+    return Table("Promotion by luck", headers, table, note)
 
 
 def acceptance_by_gain(rows: list[Row], gate: GateConfig) -> Table:
@@ -176,7 +167,7 @@ def acceptance_by_gain(rows: list[Row], gate: GateConfig) -> Table:
         "Learning rates multiplied. What a change is worth is the mean of all **other** trials of "
         "the same change, domain and age, each of eight seeds."
     )
-    return Table("Acceptance by what a change is worth", note, ("true gain", "accepted"), table)
+    return Table("Acceptance by what a change is worth", ("true gain", "accepted"), table, note)
 
 
 def _noises(rows: list[Row], gate: GateConfig) -> list[list[float]]:
@@ -212,7 +203,7 @@ def known_effects(rows: list[Row], gate: GateConfig) -> Table:
         "runs to its end, and on average of one whose effect is 0."
     )
     headers = ("seeds", "margin", *map(percent, EFFECTS), "trials", "steps", "average")
-    return Table("Replicates and margin", note, headers, table)
+    return Table("Replicates and margin", headers, table, note)
 
 
 def power_by_system(rows: list[Row], gate: GateConfig) -> Table:
@@ -232,9 +223,8 @@ def power_by_system(rows: list[Row], gate: GateConfig) -> Table:
         "accepted, and the power that a t-test has with that noise."
     )
     headers = ("cheat", "domain", "age", "std", "gain", "error", "accepted")
-    return Table(
-        "By system", note, (*headers, *[f"at {percent(e, 1)}" for e in EFFECTS[1:]]), table
-    )
+    powers = [f"at {percent(effect, 1)}" for effect in EFFECTS[1:]]
+    return Table("By system", (*headers, *powers), table, note)
 
 
 def by_length(rows: list[Row], gate: GateConfig) -> Table:
@@ -263,7 +253,7 @@ def by_length(rows: list[Row], gate: GateConfig) -> Table:
         "within systems."
     )
     headers = ("horizon", "anneal", "cheat", "age", "gain", "std", "accepted", "steps")
-    return Table("Horizon and annealing", note, headers, table)
+    return Table("Horizon and annealing", headers, table, note)
 
 
 def claims(rows: list[Row], gate: GateConfig) -> Table:
@@ -293,7 +283,7 @@ def claims(rows: list[Row], gate: GateConfig) -> Table:
         "errors over trials."
     )
     headers = ("trials", "how many", "gain at the gate", "on the test pool", "gap")
-    return Table("Gain claimed and gain kept", note, headers, table)
+    return Table("Gain claimed and gain kept", headers, table, note)
 
 
 def tables(rows: list[Row], gate: GateConfig) -> list[Table]:
@@ -332,6 +322,5 @@ def markdown(found: Sequence[Table], command: str, about: Sequence[str]) -> str:
     parts = [HEADING, f"```bash\n{command}\n```\n\n", *[f"{line}\n" for line in about]]
     for table in found:
         parts.append(f"\n## {table.title}\n\n{table.note}\n\n")
-        parts.append(f"| {' | '.join(table.headers)} |\n{'|---' * len(table.headers)}|\n")
-        parts += [f"| {' | '.join(row)} |\n" for row in table.rows]
+        parts += [f"{line}\n" for line in table.markdown()]
     return "".join([*parts, AFTER])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from k1.tables import Table
 from policies.comparison import estimate
 from policies.contestants import PRIVILEGED
 from policies.episode import TEST_WINDOWS
@@ -28,15 +28,6 @@ NOTES = (
     "`return` are means over episodes. * marks controllers that are not held to the bounds of the "
     "stages; they have no return.",
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, headers and rows of text."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
 
 
 def text_of(row: list[float | None] | None, digits: int = 3, sign: str = "") -> str:
@@ -127,23 +118,5 @@ def markdown(result: dict[str, Any], about: Sequence[str]) -> str:
     lines += [f"- {line}" for line in (*about, *NOTES, windows)]
     lines.append("")
     for table in tables(result):
-        lines += [f"{table.title[0].upper()}{table.title[1:]}:", ""]
-        lines.append("| " + " | ".join(table.headers) + " |")
-        lines.append("|---" * len(table.headers) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        lines.append("")
+        lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
     return "\n".join(lines)
-
-
-def show(result: dict[str, Any], console: Any) -> None:
-    """Print the tables to a `rich` console."""
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    for table in tables(result):
-        shown = RichTable(title=table.title, title_justify="left")
-        for i, header in enumerate(table.headers):
-            shown.add_column(header, justify="left" if i == 0 else "right")
-        for row in table.rows:
-            shown.add_row(*map(escape, row))
-        console.print(shown)

@@ -24,6 +24,7 @@ from k1.bench.timing import quartile_range, wait_for
 from k1.data import TextData
 from k1.errors import K1Error
 from k1.sampling import TokenStore
+from k1.tables import Table
 from k1env.settings import Settings
 from policies.ppo_settings import PPOSettings
 
@@ -282,14 +283,14 @@ def _timed(side: Side, tier: str, turns: int, device: torch.device) -> tuple[int
     return steps, time.perf_counter() - began
 
 
-def table(records: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of a table: a heading, then a row for each side with every tier's figures."""
+def table(records: list[dict[str, Any]]) -> Table:
+    """A row for each side with every tier's figures."""
     tiers = list(dict.fromkeys(r["tier"] for r in records))
-    rows = [["", *tiers]]
+    rows = []
     for side in dict.fromkeys(r["side"] for r in records):
         own = {r["tier"]: r for r in records if r["side"] == side}
         rows.append([side, *[_cell(own[tier]) if tier in own else "-" for tier in tiers]])
-    return rows
+    return Table("environment steps a second (times the first row's)", ["", *tiers], rows)
 
 
 def _cell(record: dict[str, Any]) -> str:
@@ -299,7 +300,7 @@ def _cell(record: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """Write a result as a section of a page."""
-    rows = table(result["records"])
+    found = table(result["records"])
     lines = [
         "## Throughput",
         "",
@@ -309,11 +310,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"```bash\n{result['command']}\n```",
         "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|---|" + "---:|" * (len(rows[0]) - 1),
-        *["| " + " | ".join(row) + " |" for row in rows[1:]],
+        *found.markdown(),
         "",
-        *[f"- {tier}: {TIERS[tier]}." for tier in rows[0][1:]],
+        *[f"- {tier}: {TIERS[tier]}." for tier in found.headers[1:]],
     ]
     if result["peak_bytes"] is not None:
         lines.append(f"- All of them together took {result['peak_bytes'] / 1e9:.1f} GB at most.")

@@ -16,7 +16,6 @@ import tyro
 
 from k1.cli import optional, run
 
-PAGE = 150
 """Columns of the tables where the output is no terminal."""
 
 
@@ -56,17 +55,16 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Measure or read, then show and write."""
-    from rich.console import Console
-
     from k1.bench.report import markdown, read_results, show
+    from k1.tables import console
 
-    console = Console(width=None if sys.stdout.isatty() else PAGE)
+    page = console()
     if arguments.sources:
         results = [read_results(path) for path in arguments.sources]
     else:
         results = [_measure(arguments)]
     for result in results:
-        show(result, console)
+        show(result, page)
     if arguments.markdown:
         arguments.markdown.write_text(markdown(results))
     statuses = [

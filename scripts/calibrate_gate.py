@@ -59,11 +59,10 @@ def main(arguments: Arguments) -> int:
     import platform
 
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from k1.data import load_data
     from k1.durable import canonical_json, write_atomically
+    from k1.tables import console
     from k1env.calibration import Plan, calibrate
     from k1env.calibration_report import markdown, tables
     from k1env.settings import Settings
@@ -95,14 +94,11 @@ def main(arguments: Arguments) -> int:
     if done.made:
         about.append(f"The last {done.made} trials took {done.seconds / 60:.1f} minutes.")
     found = tables(done.rows, gate)
-    console = Console(emoji=False)
+    page = console()
     for table in found:
-        shown = Table(*table.headers, title=table.title)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        page.print(table.shown())
     for line in about:
-        console.print(line, markup=False, highlight=False)
+        page.print(line, markup=False, highlight=False)
     command = shlex.join(["python", *sys.argv])
     command = re.sub(r"--(json|markdown|records)[ =]\S+", r"--\1 FILE", command)
     if arguments.json is not None:

@@ -53,19 +53,18 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Play what is missing, and report."""
-    from rich.console import Console
-
     from k1.cli import check_outputs, prepare_torch
     from k1.durable import canonical_json, write_atomically
     from k1.errors import K1Error
     from k1.figures import check_plot
+    from k1.tables import console
     from k1.trainer import pick_device
     from policies.comparison import compare_all
     from policies.contestants import default_policies
     from policies.evaluation import Plan, evaluate
     from policies.plot import plot
     from policies.progress import progress_bar
-    from policies.report import markdown, show
+    from policies.report import markdown, tables
 
     policies = default_policies(arguments.preset)
     if arguments.policies is not None:
@@ -104,12 +103,13 @@ def main(arguments: Arguments) -> int:
     if done.played:
         each = done.seconds / done.played
         about.append(f"{done.played} episodes took {done.seconds:.0f} s, {each:.1f} s each.")
-    console = Console(emoji=False)
-    show(result, console)
+    page = console()
+    for table in tables(result):
+        page.print(table.shown())
     for line in about:
-        console.print(line, markup=False, highlight=False)
+        page.print(line, markup=False, highlight=False)
     if not result["policies"]:
-        console.print("No world and seed is finished by all controllers yet.")
+        page.print("No world and seed is finished by all controllers yet.")
     if arguments.json is not None:
         whole = {**done.head, **result, "about": about, "records": done.records}
         write_atomically(arguments.json, (canonical_json(whole) + "\n").encode())

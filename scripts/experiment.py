@@ -63,24 +63,20 @@ def main(arguments: Arguments) -> int:
     """Make the missing runs, print the tables, write the page."""
     import time
 
-    from rich.console import Console
-    from rich.table import Table
-
     from k1.cli import check_outputs, prepare_torch
     from k1.errors import K1Error
     from k1.figures import check_plot
+    from k1.tables import Table, console
     from k1.trainer import pick_device
 
-    console = Console(emoji=False)
+    page = console()
     if arguments.list:
         from k1.experiments.methods import METHODS
         from k1.experiments.plans import EXPERIMENTS
 
         for title, entries in (("experiment", EXPERIMENTS), ("method", METHODS.values())):
-            shown = Table(title, "what")
-            for entry in entries:
-                shown.add_row(entry.name, entry.what)
-            console.print(shown)
+            told = [(entry.name, entry.what) for entry in entries]
+            page.print(Table("", (title, "what"), told, numbers=False).shown())
         return 0
     if arguments.test and arguments.tuned is None:
         raise K1Error("the test pool is for settings that are chosen: give --tuned FILE")
@@ -128,7 +124,7 @@ def main(arguments: Arguments) -> int:
             steps=experiment.steps,
         )
     data = load_data(experiment.config(arguments.data).data)
-    console.print(data.describe(), highlight=False)
+    page.print(data.describe(), highlight=False)
     conditions = Conditions(
         data,
         arguments.data,
@@ -137,7 +133,7 @@ def main(arguments: Arguments) -> int:
         lanes=arguments.lanes,
         deadline=began + 60 * minutes,
         chosen=chosen,
-        say=lambda line: console.print(line, highlight=False),
+        say=lambda line: page.print(line, highlight=False),
     )
     file = open_rows(experiment, conditions, arguments.results)
     rows = run_experiment(experiment, conditions, file)
@@ -153,18 +149,15 @@ def main(arguments: Arguments) -> int:
         "Mean over runs ± half a 95 % t-interval.",
     ]
     for table in tables(rows, arguments.reference):
-        shown = Table(*table.headers, title=table.title)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        page.print(table.shown())
     for line in about:
-        console.print(line, markup=False, highlight=False)
+        page.print(line, markup=False, highlight=False)
     if arguments.plot is not None:
         plot(rows, experiment.checks, arguments.plot)
     if arguments.markdown is not None:
         what = {name: method.what for name, method in METHODS.items()}
-        page = markdown(rows, arguments.reference, about, what)
-        write_atomically(arguments.markdown, page.encode())
+        written = markdown(rows, arguments.reference, about, what)
+        write_atomically(arguments.markdown, written.encode())
     return 0
 
 

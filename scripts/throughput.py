@@ -55,10 +55,9 @@ def main(arguments: Arguments) -> int:
     prepare_torch(device.type)
 
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from k1.durable import write_atomically
+    from k1.tables import console
     from k1env.settings import Settings
     from k1env.setup import set_up
     from policies.throughput import Plan, markdown, measure, table
@@ -95,11 +94,8 @@ def main(arguments: Arguments) -> int:
         "records": measure(plan, say),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
-    rows = table(result["records"])
-    shown = Table(*rows[0], title="environment steps a second (times the first row's)")
-    for row in rows[1:]:
-        shown.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    shown = table(result["records"])
+    console().print(shown.shown())
     if arguments.json:
         write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     if arguments.markdown:

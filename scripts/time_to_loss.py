@@ -60,8 +60,6 @@ def main(arguments: Arguments) -> int:
     prepare_torch(device)
 
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from k1.bench.methods import choose_methods
     from k1.bench.study import Plan, Study
@@ -69,6 +67,7 @@ def main(arguments: Arguments) -> int:
     from k1.config import Config
     from k1.data import load_data
     from k1.durable import write_atomically
+    from k1.tables import console
 
     config = Config.preset(arguments.preset).replace(data={"source": arguments.data})
     minutes = math.inf if arguments.max_minutes is None else arguments.max_minutes
@@ -82,10 +81,10 @@ def main(arguments: Arguments) -> int:
         new=arguments.new,
         seconds=60 * minutes,
     )
-    console = Console()
+    page = console()
     data = load_data(config.data)
-    console.print(data.describe(), highlight=False)
-    study = Study(config, data, device, plan, lambda line: console.print(line, highlight=False))
+    page.print(data.describe(), highlight=False)
+    study = Study(config, data, device, plan, lambda line: page.print(line, highlight=False))
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     study.record.update(
         command=shlex.join(["python", *sys.argv]),
@@ -106,16 +105,13 @@ def main(arguments: Arguments) -> int:
 
     study.run(save)
     for line in how(study.record):
-        console.print(line, highlight=False)
+        page.print(line, highlight=False)
     for name, what in legend(study.record).items():
-        console.print(f"  {name:14} {what}", highlight=False)
+        page.print(f"  {name:14} {what}", highlight=False)
     for name, found in tables(study.record).items():
-        console.rule(headings(study.record)[name])
+        page.rule(headings(study.record)[name])
         for table in found:
-            shown = Table(*table.headers, title=table.title)
-            for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
+            page.print(table.shown())
     return 0
 
 

@@ -283,8 +283,8 @@ def test_the_page_says_what_was_recorded():
     page = markdown([result(default=recorded())])
     assert "```bash\npython scripts/benchmark.py --rounds 7\n```" in page
     assert "## Some GPU" in page and "torch 9.9" in page and "cuda None" not in page
-    assert "| `sparse` | 2 | 0.5 | 1.00 | 1.0 | 2.00 | 12 | 3 | 2 | 25.0 |" in page
-    assert "| `dense-graph` | out of memory | - | - | - | - | - | - | 2 | - |" in page
+    assert "| sparse | 2 | 0.5 | 1.00 | 1.0 | 2.00 | 12 | 3 | 2 | 25.0 |" in page
+    assert "| dense-graph | out of memory | - | - | - | - | - | - | 2 | - |" in page
     assert ("`sparse` is 5.00x as fast as the best dense step in ordinary modules "
             "(`stock-compiled`), with 0.20x its peak memory.") in page  # fmt: skip
     assert "`sparse` is 4.00x as fast as K-1's best dense step (`dense`), with 0.25x" in page
@@ -302,7 +302,7 @@ def test_the_page_of_a_run_that_was_stopped_says_so():
     page = markdown([{**result(default=case), "complete": False}])
     assert "stopped before its end" in page
     assert "stopped before its end" not in markdown([result(default=recorded())])
-    assert "| `exact` | unfinished | -" in page
+    assert "| exact | unfinished | -" in page
     assert "`path-only`: unfinished; a step took some 7 ms at first." in page
     assert "`exact`: unfinished;" not in page
 
@@ -349,7 +349,7 @@ def test_files_from_before_kernels_were_timed_say_nothing_of_them(tmp_path):
     old = tmp_path / "old.json"
     old.write_text(json.dumps(result(**cases)))
     page = markdown([read_results(old)])
-    assert "| `frozen-forward` | 0.9 |" in page and "`sparse` beside" not in page
+    assert "| frozen-forward | 0.9 |" in page and "`sparse` beside" not in page
     assert "time of kernels" not in page.partition("### Growth")[2]
 
 

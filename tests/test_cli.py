@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import pytest
 import torch
 
 from k1.checkpoint import load_checkpoint
-from k1.cli import run
 from k1.data import load_data
 from k1.trainer import Trainer
 from k1env.run_folder import RunFolder
@@ -283,26 +281,6 @@ def test_a_mistake_through_the_shell(place: Path) -> None:
     assert done.stderr.startswith("error: unknown policy 'magic': choose one of heuristic, ran")
     done = call(RUN, "--nonsense")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-
-
-def test_a_device_without_memory_is_one_line_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    @dataclass(frozen=True)
-    class Nothing:
-        """Take no options."""
-
-    def main(_: Nothing) -> int:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 3.41 GiB. GPU 0 has a total capacity of 139 GiB."
-        )
-
-    monkeypatch.setattr("sys.argv", ["it"])
-    with pytest.raises(SystemExit, match="2"):
-        run(Nothing, main)
-    said = capsys.readouterr().err
-    assert said.startswith("error: CUDA out of memory. Tried to allocate 3.41 GiB; take a smaller")
-    assert said.count("\n") == 1
 
 
 def test_the_hub_without_a_network_is_a_mistake_too(tmp_path: Path) -> None:

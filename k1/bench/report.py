@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from k1.bench.variants import REFERENCE
 from k1.errors import K1Error
+from k1.tables import Table
 
 Result = dict[str, Any]
 
@@ -225,12 +225,7 @@ def growth(result: Result) -> list[str]:
 def show(result: Result, console: Console) -> None:
     """Print the tables of a result."""
     for name, case in result["configurations"].items():
-        table = Table(*COLUMNS, title=title(name, case))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for variant, record in case["variants"].items():
-            table.add_row(*row(variant, record))
-        console.print(table)
+        console.print(_table(name, case).shown())
         for line in remarks(case):
             console.print(line)
     for line in growth(result):
@@ -255,12 +250,9 @@ run blocks; what runs side by side counts in full.
 """
 
 
-def _markdown_table(case: Result) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    for name, record in case["variants"].items():
-        cells = [cell.replace("|", "/") for cell in row(name, record)]
-        lines.append("| " + " | ".join([f"`{cells[0]}`", *cells[1:]]) + " |")
-    return "\n".join(lines)
+def _table(name: str, case: Result) -> Table:
+    rows = [row(variant, record) for variant, record in case["variants"].items()]
+    return Table(title(name, case), COLUMNS, rows)
 
 
 def markdown(results: list[Result]) -> str:
@@ -294,7 +286,7 @@ def markdown(results: list[Result]) -> str:
             parts.append("This run was stopped before its end.\n")
         for name, case in result["configurations"].items():
             parts.append(f"### {title(name, case)}\n")
-            parts.append(_markdown_table(case) + "\n")
+            parts.append("\n".join(_table(name, case).markdown()) + "\n")
             parts.append("".join(f"- {line}\n" for line in remarks(case)))
         lines = growth(result)
         if lines:

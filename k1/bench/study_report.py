@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from k1.tables import Table
+
 BUDGETS = (0.25, 0.5, 1.0)
 """Shares of what the dense runs used."""
 CONFIDENCE = 0.95
@@ -30,23 +32,6 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.3f}")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, headers and rows of text."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> list[str]:
-        """Write it as lines of Markdown."""
-        lines = [f"{self.title[0].upper()}{self.title[1:]}:", ""]
-        lines.append("| " + " | ".join(self.headers) + " |")
-        lines.append("|---" * len(self.headers) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        return [*lines, ""]
 
 
 def mean_bits(method: dict[str, Any], domains: list[str]) -> np.ndarray:
@@ -260,11 +245,10 @@ def how(record: dict[str, Any]) -> list[str]:
 def markdown(record: dict[str, Any]) -> str:
     """Write the section of a page."""
     lines = ["## Time to loss", "", *(f"- {line}" for line in how(record)), ""]
-    lines += ["| method | what |", "|---|---|"]
-    lines += [f"| {name} | {what} |" for name, what in legend(record).items()]
-    lines.append("")
+    methods = Table("", ("method", "what"), list(legend(record).items()), numbers=False)
+    lines += [*methods.markdown(), ""]
     for name, found in tables(record).items():
         lines += [f"### {headings(record)[name]}", ""]
         for table in found:
-            lines += table.markdown()
+            lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
     return "\n".join(lines)

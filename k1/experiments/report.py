@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from k1.bench.study_report import Table
 from k1.experiments import metrics
 from k1.experiments.significance import holm, interval, paired_p
 from k1.row_file import Row
+from k1.tables import Table
 
 NONE = "-"
 Setting = tuple[float, float]
@@ -239,7 +239,8 @@ def markdown(
     """Write the page of results."""
     lines = ["# Results", "", *(f"- {line}" for line in about), ""]
     for table in tables(rows, reference):
-        lines += table.markdown()
+        lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
     names = list(dict.fromkeys(row["method"] for row in rows))
-    lines += ["| method | what |", "|---|---|", *(f"| {name} | {what[name]} |" for name in names)]
+    legend = [(name, what[name]) for name in names]
+    lines += Table("", ("method", "what"), legend, numbers=False).markdown()
     return "\n".join([*lines, ""])
