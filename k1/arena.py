@@ -54,8 +54,10 @@ class LaneState:
         return LaneState({k: v.clone() for k, v in self.tensors.items()}, self.tree.copy())
 
     def to(self, device: torch.device | str) -> LaneState:
-        """Return the lane on another device."""
-        return LaneState({k: v.to(device) for k, v in self.tensors.items()}, self.tree.copy())
+        """Return the lane on a device; where it is there already, its tensors are the same."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        same = any(moved[name] is tensor for name, tensor in self.tensors.items())
+        return LaneState(moved, self.tree.copy(), self.lent and same)
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -142,6 +142,7 @@ class Wide:
             count = default if windows is None else windows
             text = {d: store.spread(split, d, count) for d in store.domains}
             todo = {i: [d for d in store.domains if d in requests[i].domains] for i in chosen}
+            todo = {i: domains for i, domains in todo.items() if domains}
             while todo:
                 # A pool that is too short for all windows has fewer of them.
                 width = text[next(iter(todo.values()))[0]].inputs.shape[1]

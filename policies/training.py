@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -151,6 +152,9 @@ class Display(Protocol):
     def update(self, row: dict[str, Any], plan: Plan, seconds: float) -> None:
         """An update is made; `seconds` is what the whole training has taken so far."""
 
+    def say(self, line: str) -> None:
+        """Something else is worth a line."""
+
 
 class Training:
     """A controller in training."""
@@ -223,8 +227,7 @@ class Training:
                 self._refuse_to_start_over()
                 self.folder.truncate_metrics(0)
                 if self.plan.ppo.paired:
-                    starts = range(self.plan.starts or 0)
-                    self.env.reference = train_on_alone(self.env.vec_env, starts)
+                    self._play_reference(range(self.plan.starts or 0))
             callback = _Progress(self.display.advance, self.plan.num_envs)
             _, callback = self.model._setup_learn(self.plan.steps, callback, False)
             self.display.begin(self.model.num_timesteps, self.plan.steps)
@@ -249,6 +252,13 @@ class Training:
             summary = self.summary(reason)
             self.folder.write_summary(summary)
             return summary
+
+    def _play_reference(self, starts: range) -> None:
+        """Play what rewards are compared with."""
+        self.display.say(f"playing the no-op from {len(starts)} starts, to compare rewards with")
+        reference = self.env.reference = train_on_alone(self.env.vec_env, starts)
+        mean = statistics.fmean(curve[-1] for curve in reference.curves.values())
+        self.display.say(f"the no-op's return is {mean:.2f} on average")
 
     def summary(self, reason: str) -> dict[str, Any]:
         """What the training came to, as plain JSON data."""

@@ -48,11 +48,12 @@ class TrainingDisplay:
     def update(self, row: dict[str, Any], plan: Plan, seconds: float) -> None:
         """Print the line of an update, and one about its validation."""
         if row["update"]:
-            self._print(update_line(row, plan, seconds))
+            self.say(update_line(row, plan, seconds))
         if row["validation"] is not None:
-            self._print(validation_line(row))
+            self.say(validation_line(row))
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line."""
         self.console.print(line, soft_wrap=True, markup=False)
 
 

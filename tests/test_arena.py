@@ -170,6 +170,7 @@ def test_a_state_of_ones_own_is_not_cloned_but_a_lent_one_is() -> None:
     lent = LaneState({n: t[0] for n, t in arena.state.items()}, arena.trees[0].copy(), lent=True)
     kept, wanted = lent.own(), arena.hash_lane(0)
     assert not kept.lent and kept.own() is kept
+    assert lent.to("cpu").lent, "on the same device it still is somebody else's"
     change(arena, 0)
     lent.tree.remove(1)
     arena.write_lane(1, kept)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from k1env.vector import Phase2VectorEnv
 from tests.phase2_helpers import smallest
 from tests.stateful_checks import check_bounds, check_lane, check_tree, hold
 
-SETTLED = 0.1
-"""Share of the steps after which memory counts as settled."""
+SAMPLES = 100
+"""How often memory is looked at; the first tenth of them counts as starting up."""
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Memory of this process that is in RAM and in use; the allocator gives the rest back first."""
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     status = Path("/proc/self/statm")
     if status.exists():
         return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -37,7 +42,7 @@ def soak(data: TextData, lanes: int, steps: int, device: str) -> dict[str, Any]:
     envs.reset(seed=0)
     draws, turns = np.random.default_rng(0), steps // lanes
     found: dict[str, Any] = {"episodes": 0, "tried": 0, "credited": 0, "stages": set()}
-    began, settled = time.monotonic(), 0
+    began, memory = time.monotonic(), []
     for turn in range(turns):
         masks = envs.action_masks()
         actions = [int(draws.choice(np.flatnonzero(mask))) for mask in masks]
@@ -49,13 +54,16 @@ def soak(data: TextData, lanes: int, steps: int, device: str) -> dict[str, Any]:
             found["stages"].add(info["stage"])
             hold("finite", np.isfinite(result.reward), result.reward)
             hold("observation", envs.single_observation_space.contains(result.observation))
-        if turn == int(SETTLED * turns):
-            settled = resident_bytes()
+        if turn % max(1, turns // SAMPLES) == 0:
+            memory.append(resident_bytes())
     for env in envs.envs:
         check_tree(env.session.tree)
         check_lane(env, env.session.main)
         check_bounds(env.session.boundary.bounds, env.session.arena.scratch - 1)
-    found["growth"] = resident_bytes() / settled - 1
+    found["megabytes"] = [round(sample / 1e6) for sample in memory]
+    settled = memory[len(memory) // 10 :]
+    fifth = max(1, len(settled) // 5)
+    found["growth"] = statistics.median(settled[-fifth:]) / statistics.median(settled[:fifth]) - 1
     found["decisions"], found["seconds"] = turns * lanes, time.monotonic() - began
     print(found)
     return found
