@@ -76,6 +76,13 @@ def test_a_short_soak(data: TextData) -> None:
 
 @pytest.mark.torture
 @pytest.mark.timeout(0)
+def test_ten_thousand_steps_of_few(data: TextData) -> None:
+    found = soak(data, lanes=4, steps=40_000, device="cpu")
+    assert found["decisions"] == 40_000 and found["growth"] < 0.01
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(0)
 def test_a_hundred_thousand_decisions(data: TextData) -> None:
     found = soak(data, lanes=64, steps=100_000, device="cpu")
     assert found["decisions"] >= 99_968 and found["tried"] > 1_000

@@ -91,6 +91,7 @@ def test_no_sequence_of_verdicts_breaks_the_boundary() -> None:
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(7_200)
 def test_no_long_sequence_of_verdicts_breaks_the_boundary() -> None:
     many = settings(MANY, max_examples=5_000, stateful_step_count=100, derandomize=False)
     run_state_machine_as_test(BoundaryMachine, settings=many)
