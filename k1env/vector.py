@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,25 +13,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from torch import Tensor
 
-from k1.config import Config
 from k1.data import TextData
-from k1.engine import Engine
 from k1.errors import K1Error
-from k1.trainer import Trainer
-from k1env.env import Observation, Phase2Env, Trained
-from k1env.gate import Gate
+from k1env.env import Observation, Trained
 from k1env.instances import Choice
 from k1env.outcome import UNLOGGED, LedgerLike
-from k1env.schedule import Scheduler, Separate, T, Task
-from k1env.session import Seat
-from k1env.settings import DEFAULT_INSTANCE, Settings
-from k1env.setup import Setup, set_up, settle
+from k1env.schedule import T, Task
+from k1env.seating import check_alike, seat
+from k1env.settings import Settings
+from k1env.setup import set_up, settle
 from k1env.snapshot import restore_vector_snapshot, take_vector_snapshot
-from k1env.wide import Wide
-from k1env.world import text_of
 
-_OWN = ("lr", "top_k", "cooldown", "exploration")
-"""Fields of `TrainConfig` in which environments of one arena may differ."""
 VectorStep = tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
 
@@ -116,12 +107,12 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for own, choice in zip(configs, choices, strict=True):
             settings, chosen = settle(first.settings if own is None else own, choice)
             setups.append(replace(first, settings=settings, instance=chosen))
-        _check_alike(setups, data, starts)
+        check_alike(setups, data, starts)
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         wide = wide if wide is not None else first.device.type != "cpu"
-        self.envs = _seat(setups, ledgers, spare_lanes, wide)
+        self.envs = seat(setups, ledgers, spare_lanes, wide)
         self._scheduler = self.envs[0].session.scheduler
         self._unprepared = range(0 if starts is None else starts)
         if starts is not None:
@@ -214,6 +205,45 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for i, result in enumerate(results):
             self._observations[i] = result.observation
             self._ended[i] = result.final is None and (result.terminated or result.truncated)
+        return results
+
+    def play_each(
+        self, choose: Callable[[int, Observation], Any], steps: int
+    ) -> list[list[Stepped]]:
+        """Let every environment take steps, none of them waiting for the others.
+
+        A trial takes many times as long as a step without one. Where all wait for the slowest after
+        each step, most of them wait most of the time.
+
+        Args:
+            choose: returns an environment's next action; gets its number and its observation.
+            steps: how many each environment takes.
+
+        Returns:
+            Each environment's results, in order.
+
+        Raises:
+            ActionError: if an action is no integer or not in the table; reset all of them then.
+            K1Error: if the autoreset mode is not SAME_STEP.
+        """
+        if self.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise K1Error("environments play on by themselves in autoreset_mode SAME_STEP only")
+        begun = [observation for observation in self._observations if observation is not None]
+        if len(begun) < self.num_envs:
+            raise ResetNeeded("call reset() before play_each()")
+
+        def play(number: int, observation: Observation) -> Task[list[Stepped]]:
+            made: list[Stepped] = []
+            for _ in range(steps):
+                made.append((yield from self._turn(number, choose(number, observation))))
+                observation = made[-1].observation
+            return made
+
+        tasks = [play(number, observation) for number, observation in enumerate(begun)]
+        self._observations = [None] * self.num_envs  # an error on the way calls for a reset
+        results = self._scheduler.run(tasks)
+        for number, made in enumerate(results):
+            self._observations[number] = made[-1].observation if made else begun[number]
         return results
 
     def _turn(self, number: int, action: Any) -> Task[Stepped]:
@@ -340,12 +370,6 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return tuple(env.np_random for env in self.envs)
 
 
-def _shared(system: Config) -> Config:
-    """A system without that in which neighbours may differ."""
-    default = Config().train
-    return system.replace(train={name: getattr(default, name) for name in _OWN})
-
-
 def _each(name: str, value: Any, count: int) -> list[Any]:
     """One value for all environments, or one for each.
 
@@ -357,51 +381,6 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise K1Error(f"{name} has {len(value)} entries for {count} environments")
     return [*value]
-
-
-def _check_alike(setups: Sequence[Setup], data: Any, starts: int | None) -> None:
-    """See that environments can live side by side.
-
-    Raises:
-        K1Error: if not.
-    """
-    if len({setup.instance == DEFAULT_INSTANCE for setup in setups}) > 1:
-        raise K1Error("the default world cannot be beside instances: it has other observations")
-    systems = [_shared(setup.settings.system) for setup in setups]
-    if any(system != systems[0] for system in systems):
-        raise K1Error(f"environments side by side have one system but for its {_OWN}")
-    if data is None and len({text_of(s.instance, s.settings) for s in setups}) > 1:
-        raise K1Error("the instances are about different texts: give data that hold all domains")
-    kinds = [(setup.settings, setup.instance) for setup in setups]
-    if starts is not None and any(kind != kinds[0] for kind in kinds):
-        raise K1Error("starts are for all environments: give them one config and one instance")
-
-
-def _seat(
-    setups: Sequence[Setup], ledgers: Sequence[LedgerLike], spare: int | None, wide: bool
-) -> list[Phase2Env]:
-    """Lay out an arena, and make an environment for each of its systems."""
-    setup, count = setups[0], len(setups)
-    widest = max(Gate.lanes_needed(s.settings.gate) for s in setups)
-    if spare is None:
-        spare = max(widest, count) if wide else widest * min(count, 2 * (os.cpu_count() or 1))
-    if spare < widest:
-        raise K1Error(f"spare_lanes = {spare}: a trial takes up to {widest} lanes")
-    system, lanes = setup.settings.system, 2 * count + spare
-    trainer = Trainer(system, setup.data, device=setup.device, lanes=lanes)
-    trainer.arena.copy_lane(0, *range(1, lanes))  # wide calls come across lanes without an owner
-    if wide:
-        trainer.arena.roomy = True  # or each tree that grows would call for other graphs
-        trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
-    calls = Wide(trainer.engine, count) if wide else Separate(trainer.engine)
-    scheduler = Scheduler(calls, range(2 * count, lanes))
-    envs = []
-    for i, own in enumerate(setups):
-        # Wide calls want systems side by side; by itself, a system has its shadow beside it.
-        main, shadow = (i, count + i) if wide else (2 * i, 2 * i + 1)
-        seat = Seat(trainer.at(main), shadow, scheduler)
-        envs.append(Phase2Env.seated(own, seat, ledgers[i]))
-    return envs
 
 
 def _checked_mask(mask: Any, count: int) -> np.ndarray:

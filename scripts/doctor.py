@@ -16,7 +16,7 @@ class Arguments:
     """Look at the installation, and tell what a preset takes, to paste into a report of a bug."""
 
     preset: str = "cpu"
-    """Sizes to look at: tiny, cpu, gpu or paper."""
+    """Sizes to look at: tiny, cpu, small, gpu or paper."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False
