@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -205,45 +205,6 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         for i, result in enumerate(results):
             self._observations[i] = result.observation
             self._ended[i] = result.final is None and (result.terminated or result.truncated)
-        return results
-
-    def play_each(
-        self, choose: Callable[[int, Observation], Any], steps: int
-    ) -> list[list[Stepped]]:
-        """Let every environment take steps, none of them waiting for the others.
-
-        A trial takes many times as long as a step without one. Where all wait for the slowest after
-        each step, most of them wait most of the time.
-
-        Args:
-            choose: returns an environment's next action; gets its number and its observation.
-            steps: how many each environment takes.
-
-        Returns:
-            Each environment's results, in order.
-
-        Raises:
-            ActionError: if an action is no integer or not in the table; reset all of them then.
-            K1Error: if the autoreset mode is not SAME_STEP.
-        """
-        if self.autoreset_mode != AutoresetMode.SAME_STEP:
-            raise K1Error("environments play on by themselves in autoreset_mode SAME_STEP only")
-        begun = [observation for observation in self._observations if observation is not None]
-        if len(begun) < self.num_envs:
-            raise ResetNeeded("call reset() before play_each()")
-
-        def play(number: int, observation: Observation) -> Task[list[Stepped]]:
-            made: list[Stepped] = []
-            for _ in range(steps):
-                made.append((yield from self._turn(number, choose(number, observation))))
-                observation = made[-1].observation
-            return made
-
-        tasks = [play(number, observation) for number, observation in enumerate(begun)]
-        self._observations = [None] * self.num_envs  # an error on the way calls for a reset
-        results = self._scheduler.run(tasks)
-        for number, made in enumerate(results):
-            self._observations[number] = made[-1].observation if made else begun[number]
         return results
 
     def _turn(self, number: int, action: Any) -> Task[Stepped]:

@@ -26,8 +26,6 @@ from policies.reference import Reference
 
 ALGORITHMS = {"maskable": MaskablePPO, "plain": PPO}
 Arrays = dict[str, np.ndarray]
-Begun = tuple[int, float]
-"""The seed of an episode, and what it has spent, in intervals."""
 
 
 class _AsItIs(BaseFeaturesExtractor):
@@ -113,7 +111,7 @@ class TrainingEnv(VecEnvWrapper):
         self._length = np.zeros(venv.num_envs, dtype=np.int64)
         self._gain = np.zeros(venv.num_envs)
         self._chosen: Any = None
-        self._begun: list[Begun] = []
+        self._begun: list[tuple[int, float]] = []
         self.reference: Reference | None = None
         """What rewards are compared with, if they are."""
         self.episodes: list[Episode] = []
@@ -130,46 +128,21 @@ class TrainingEnv(VecEnvWrapper):
     def step_async(self, actions: np.ndarray) -> None:
         """Take the actions."""
         self._chosen = actions
-        self._begun = [self.begun(number) for number in range(self.num_envs)]
+        sessions = [env.session for env in self.vec_env.envs]
+        self._begun = [(s.seed, s.spent / s.settings.interval) for s in sessions]
         self.venv.step_async(actions)
 
     def step_wait(self) -> tuple[Arrays, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Carry the actions out; keep the record; scale the rewards."""
         observations, rewards, ends, infos = self.venv.step_wait()
-        for info in infos:
-            info["TimeLimit.truncated"] = False
-        rewards = self.take_in(self._chosen, self._begun, rewards, ends, infos)
-        return cast(Arrays, observations), rewards, ends, infos
-
-    def begun(self, number: int) -> Begun:
-        """The seed of an environment's episode, and what it has spent so far, in intervals."""
-        session = self.vec_env.envs[number].session
-        return session.seed, session.spent / session.settings.interval
-
-    def take_in(
-        self,
-        actions: np.ndarray,
-        begun: Sequence[Begun],
-        rewards: np.ndarray,
-        ends: np.ndarray,
-        infos: Sequence[dict[str, Any]],
-    ) -> np.ndarray:
-        """Keep the record of a step of all environments; returns the rewards to learn from.
-
-        Args:
-            actions: what was chosen [N].
-            begun: what `begun` returned before the step, for each environment.
-            rewards: of the environment [N], float32.
-            ends: whether an episode ended [N].
-            infos: about the step; of the ended episode, not the next one.
-        """
         self._return += rewards
         self._length += 1
         if self.reference is not None:
-            rewards = rewards - self._expected(self.reference, begun, ends, infos)
+            rewards = rewards - self._expected(self.reference, ends, infos)
             self._gain += rewards
         for number, info in enumerate(infos):
-            self._count(int(actions[number]), info)
+            self._count(int(self._chosen[number]), info)
+            info["TimeLimit.truncated"] = False
             if ends[number]:
                 total, length = float(self._return[number]), int(self._length[number])
                 gain = None if self.reference is None else float(self._gain[number])
@@ -178,26 +151,22 @@ class TrainingEnv(VecEnvWrapper):
         if self.settings.normalise:
             divisor = self.scale.update(rewards, ends, self.settings.gamma)
             limit = self.settings.reward_limit
-            rewards = np.clip(rewards / divisor, -limit, limit)
-        return rewards.astype(np.float32)
+            rewards = np.clip(rewards / divisor, -limit, limit).astype(np.float32)
+        return cast(Arrays, observations), rewards.astype(np.float32), ends, infos
 
     def _expected(
-        self,
-        reference: Reference,
-        begun: Sequence[Begun],
-        ends: np.ndarray,
-        infos: Sequence[dict[str, Any]],
+        self, reference: Reference, ends: np.ndarray, infos: list[dict[str, Any]]
     ) -> np.ndarray:
         """What training on alone would have earned for the compute of this step.
 
         An episode that ends before its budget is spent forgoes what was left.
         """
         found = []
-        for (seed, spent), ended, info in zip(begun, ends, infos, strict=True):
+        for (seed, begun), ended, info in zip(self._begun, ends, infos, strict=True):
             if ended:
-                found.append(reference.rest(seed, spent))
+                found.append(reference.rest(seed, begun))
             else:
-                found.append(reference.between(seed, spent, info["intervals"]))
+                found.append(reference.between(seed, begun, info["intervals"]))
         return np.array(found)
 
     def _count(self, action: int, info: dict[str, Any]) -> None:

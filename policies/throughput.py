@@ -38,8 +38,8 @@ TIERS = {
     "learning": "the whole of PPO: rollouts and updates",
 }
 SEED = 0
-SETTINGS = PPOSettings(n_steps=8)
-"""Short rollouts, so that many fit the time."""
+N_STEPS = 8
+"""Decisions of each environment between updates: short rollouts, so that many fit the time."""
 FACTORS = (0.5, 1.0, 2.0)
 """By what the plain loop multiplies its learning rate."""
 
@@ -118,7 +118,7 @@ class Vector(Side):
         """Make a turn."""
         if tier == "learning":
             before = self.model.num_timesteps
-            self._learn()
+            self.model.learn(self.model.n_steps * self.count, reset_num_timesteps=False)
             self._seen = self.model._last_obs
             return int(self.model.num_timesteps - before)
         actions = np.zeros(self.count, dtype=np.int64)
@@ -130,20 +130,6 @@ class Vector(Side):
                 actions = np.array([self._random.choice(np.flatnonzero(row)) for row in masks])
         self._seen = self.venv.step(actions)[0]
         return self.count
-
-    def _learn(self) -> None:
-        """Make a rollout and its updates, where it can be without a barrier after each decision."""
-        from policies.ppo import TrainingEnv
-        from policies.rollouts import collect
-
-        decisions = self.model.n_steps * self.count
-        if not isinstance(self.venv, TrainingEnv):
-            self.model.learn(decisions, reset_num_timesteps=False)
-            return
-        if self.model._last_obs is None:
-            self.model._setup_learn(decisions, None, False)
-        collect(self.model, self.venv, masked=True, seed=SEED, progress=lambda made: None)
-        self.model.train()
 
     def close(self) -> None:
         """Close the environments."""
@@ -190,9 +176,7 @@ class PlainLoop(Side):
 
 def sides(plan: Plan, say: Callable[[str], None]) -> dict[str, Side]:
     """Build what is compared."""
-    from k1env.actions import action_table
     from k1env.sb3 import SB3VecEnv
-    from policies.ppo import TrainingEnv
 
     worlds: dict[str, Any] = {"config": plan.settings, "data": plan.data, "instance": "train"}
     model = partial(_algorithm, device=plan.device.type)
@@ -201,9 +185,7 @@ def sides(plan: Plan, say: Callable[[str], None]) -> dict[str, Side]:
     for count in plan.lanes:
         say(f"{count} lanes")
         wide = None if count > 1 else False  # one lane needs no call that is wide enough for 16
-        lanes = SB3VecEnv(num_envs=count, device=plan.device.type, wide=wide, **worlds)
-        table = action_table(lanes.vec_env.envs[0].settings.system.model)
-        venv = TrainingEnv(lanes, SETTINGS, table)
+        venv = SB3VecEnv(num_envs=count, device=plan.device.type, wide=wide, **worlds)
         made[f"{count} lane{'s' if count > 1 else ''}"] = Vector(venv, model)
     if plan.processes:
         from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -222,8 +204,8 @@ def _algorithm(venv: VecEnv, device: str) -> Any:
     from policies.network import NetworkSizes
     from policies.ppo import make_model
 
-    actions = venv.get_attr("actions", 0)[0]
-    return make_model("maskable", venv, SETTINGS, actions, NetworkSizes(), seed=SEED, device=device)
+    settings, actions = PPOSettings(n_steps=N_STEPS), venv.get_attr("actions", 0)[0]
+    return make_model("maskable", venv, settings, actions, NetworkSizes(), seed=SEED, device=device)
 
 
 def _single(worlds: dict[str, Any]) -> Any:

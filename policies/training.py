@@ -7,11 +7,12 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from k1.checkpoint import (
@@ -34,7 +35,6 @@ from policies.network import NetworkSizes
 from policies.ppo import TrainingEnv, make_model
 from policies.ppo_settings import PPOSettings
 from policies.reference import train_on_alone
-from policies.rollouts import collect
 from policies.training_state import KIND, restore_state, take_state
 from policies.validation import Validation, validate
 
@@ -228,7 +228,8 @@ class Training:
                 self.folder.truncate_metrics(0)
                 if self.plan.ppo.paired:
                     self._play_reference(range(self.plan.starts or 0))
-            self.model._setup_learn(self.plan.steps, None, False)
+            callback = _Progress(self.display.advance, self.plan.num_envs)
+            _, callback = self.model._setup_learn(self.plan.steps, callback, False)
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
@@ -242,7 +243,7 @@ class Training:
                 if before - self.began + longest > limit:
                     reason = TIME_SPENT
                     break
-                self._learn()
+                self._learn(callback)
                 longest = max(longest, time.monotonic() - before)
                 if time.monotonic() - saved >= 60 * save_minutes:
                     self._save()
@@ -270,13 +271,11 @@ class Training:
             "seconds": round(self.seconds, 1),
         }
 
-    def _learn(self) -> None:
+    def _learn(self, callback: Any) -> None:
         """Make one update, measure and record it."""
         model, before = self.model, time.monotonic()
         collected = model.num_timesteps
-        masked = self.plan.algorithm == "maskable"
-        progress = self.display.advance
-        collect(model, self.env, masked=masked, seed=self.plan.seed, progress=progress)
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         model.train()
         self.env.vec_env.settle()
         self.update += 1
@@ -419,6 +418,18 @@ def _environments(
         instance=worlds,
         starts=starts,
     )
+
+
+class _Progress(BaseCallback):
+    """Tells how many decisions are made."""
+
+    def __init__(self, advance: Callable[[int], None], environments: int) -> None:
+        super().__init__()
+        self._advance, self._environments = advance, environments
+
+    def _on_step(self) -> bool:
+        self._advance(self._environments)
+        return True
 
 
 def _mean(values: list[float]) -> float | None:

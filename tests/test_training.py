@@ -82,17 +82,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def kill_in_update(training: Training, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End a training in the middle of collecting decisions, as a kill would."""
-    env = training.env.vec_env.envs[0]
-    step, made = env.step_task, 0
+    step, made = training.env.step_wait, 0
 
-    def dies(action: Any) -> Any:
+    def dies() -> Any:
         nonlocal made
         made += 1
-        if made > training.model.n_steps * (number - 1) + 1:
+        if made > 3 * (number - 1) + 1:
             raise KeyboardInterrupt
-        return step(action)
+        return step()
 
-    monkeypatch.setattr(env, "step_task", dies)
+    monkeypatch.setattr(training.env, "step_wait", dies)
 
 
 @pytest.mark.parametrize("kind", ["separate", "wide", "paired"])
