@@ -342,10 +342,14 @@ class Phase2Env(gym.Env[Observation, np.int64]):
         An attempt stays counted, as a failure, and compute stays spent.
 
         Raises:
-            K1Error: if there is no step to take back.
+            K1Error: if there is no step to take back, or no compute left to make another one with.
         """
         if self._before is None:
             raise K1Error("nothing to undo: only the last step since reset() can be taken back")
+        if self.session.spent >= self.session.settings.budget:
+            raise K1Error(
+                "nothing to undo: the compute budget is spent, and stays so; call reset()"
+            )
         tried = self.session.last
         spent, tries = self.session.spent, self.session.tries
         self.session.restore(*self._before)

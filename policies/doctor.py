@@ -255,7 +255,11 @@ def _why(asked: str) -> str:
 def _requirements() -> dict[str, list[str]]:
     """What K-1 needs (under "") and what its extras bring."""
     found: dict[str, list[str]] = {"": []}
-    for line in importlib.metadata.requires(DISTRIBUTION) or ():
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or ()
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was never installed
+        return {"": [DISTRIBUTION]}
+    for line in lines:
         name, extra = _NAME.match(line), _EXTRA.search(line)
         assert name is not None
         found.setdefault(extra[1] if extra else "", []).append(name[0])

@@ -16,8 +16,6 @@ import tyro
 
 from k1.cli import optional, run
 
-"""Columns of the tables where the output is no terminal."""
-
 
 @dataclass(frozen=True)
 class Arguments:

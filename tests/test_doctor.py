@@ -75,3 +75,11 @@ def test_a_mistake_is_one_line() -> None:
     done = call(DOCTOR, "--preset", "huge")
     assert done.returncode == 2 and done.stderr.startswith("error: unknown preset 'huge'")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_a_checkout_that_was_never_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "k1-that-nobody-installed")
+    found = doctor.examine("cpu", "tiny")
+    assert found.missing == {"": ["k1-that-nobody-installed"]}
+    assert found.remedies == ["pip install -e ."]
+    assert found.versions["k1-that-nobody-installed"] == doctor.NOT_INSTALLED

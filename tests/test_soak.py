@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import resource
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from k1.data import TextData
 from k1env.vector import Phase2VectorEnv
@@ -36,11 +38,11 @@ def resident_bytes() -> int:
 
 
 def soak(data: TextData, lanes: int, steps: int, device: str) -> dict[str, Any]:
-    """Let random policies act in `lanes` environments, `steps` decisions in all."""
+    """Let random policies act in `lanes` environments, at least `steps` decisions in all."""
     config = smallest(max_decisions=40)
     envs = Phase2VectorEnv(lanes, config=config, data=data, device=device, wide=True)
     envs.reset(seed=0)
-    draws, turns = np.random.default_rng(0), steps // lanes
+    draws, turns = np.random.default_rng(0), math.ceil(steps / lanes)
     found: dict[str, Any] = {"episodes": 0, "tried": 0, "credited": 0, "stages": set()}
     began, memory = time.monotonic(), []
     for turn in range(turns):
@@ -85,13 +87,14 @@ def test_ten_thousand_steps_of_few(data: TextData) -> None:
 @pytest.mark.timeout(0)
 def test_a_hundred_thousand_decisions(data: TextData) -> None:
     found = soak(data, lanes=64, steps=100_000, device="cpu")
-    assert found["decisions"] >= 99_968 and found["tried"] > 1_000
+    assert found["decisions"] >= 100_000 and found["tried"] > 1_000
     assert found["growth"] < 0.01
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.torture
 @pytest.mark.timeout(0)
 def test_a_hundred_thousand_decisions_on_a_gpu(data: TextData) -> None:
     found = soak(data, lanes=64, steps=100_000, device="cuda")
-    assert found["decisions"] >= 99_968 and found["growth"] < 0.01
+    assert found["decisions"] >= 100_000 and found["growth"] < 0.01

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from k1.data import TextData
-from k1.errors import LedgerError
+from k1.errors import K1Error, LedgerError
 from k1env.env import Phase2Env
 from k1env.gate import (
     CHEAT,
@@ -31,7 +31,7 @@ from k1env.schedule import Task
 from k1env.session import Session
 from k1env.settings import Settings
 from tests.attacks.helpers import Books, attack, earned_nothing, play
-from tests.phase2_helpers import index_of, prepare_run, quick, smallest
+from tests.phase2_helpers import index_of, kinds, prepare_run, quick, smallest
 
 
 def measured(session: Session, monkeypatch: pytest.MonkeyPatch, gains: list[list[float]]) -> None:
@@ -127,6 +127,23 @@ def test_taking_back_until_it_is_lucky(data: TextData) -> None:
         spent.append(env.session.spent)
     assert spent == sorted(set(spent)), "compute stays spent"
     earned_nothing(env.session, before, 4)
+
+
+def test_taking_back_the_end_of_the_budget(data: TextData) -> None:
+    """Own: compute stays spent, so a step that used the last of it is no way to more attempts."""
+    env = Phase2Env(config=smallest(budget=10), data=data)
+    env.reset(seed=0)
+    action = index_of(env, "tune lr x2")
+    while not env.session.finished:
+        env.step(action)
+    assert env.session.out_of_budget
+    before, state = Books.of(env.session), env.session.trainer.state_hash()
+    with pytest.raises(K1Error, match="the compute budget is spent"):
+        env.undo()
+    with pytest.raises(K1Error, match="the episode is over"):
+        env.step(action)
+    assert Books.of(env.session) == before and env.session.trainer.state_hash() == state
+    assert kinds(env.session)[-1] == "end"
 
 
 def test_other_generators_are_of_no_use(data: TextData) -> None:
