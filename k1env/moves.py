@@ -156,6 +156,29 @@ class Moves:
         elif action.kind == actions.TUNE:
             self.arena.set_hyper(lane, action.parameter, self._tuned(action, lane))
 
+    def follow(self, action: Action, lane: int, fewest: int) -> None:
+        """Let another lane have what an action has come to in this one, as far as it can.
+
+        A hyper-parameter takes the value that it has here, and agents are deleted that are there.
+
+        Args:
+            action: what was done here.
+            lane: the other lane.
+            fewest: agents that have to be left there.
+        """
+        tree = self.arena.trees[lane]
+        if action.kind == actions.TUNE:
+            value = self.arena.get_hyper(self.lane)[action.parameter]
+            self.arena.set_hyper(lane, action.parameter, value)
+        elif action.kind == actions.PRUNE:
+            if tree.agents - max(1, math.floor(action.value * tree.agents)) >= fewest:
+                edits.prune(self.arena, lane, action.value)
+        elif action.kind == actions.DELETE and action.slot in tree.blocks:
+            left = tree.copy()
+            left.remove(action.slot)
+            if left.agents >= fewest:
+                edits.delete_agent(self.arena, lane, action.slot)
+
     def signature(self, lane: int) -> str:
         """Identify a lane's configuration: its tree and hyper-parameters."""
         hyper = self.arena.get_hyper(lane)

@@ -337,7 +337,11 @@ class Session:
             yield from self._train(outcome)
         else:
             self.arena.write_lane(self.main, adopted[CONTROL])
-        if trial.seeds_run and SHADOW in adopted:
+        if trial.accepted and trial.outweighs_harm:  # or repairing the harm would earn more
+            self.moves.follow(action, self.shadow, self.boundary.hard.min_agents)
+            yield Train((self.shadow,), self.gate.config.horizon)
+            outcome.spent += self.gate.config.horizon
+        elif trial.seeds_run and SHADOW in adopted:
             self.arena.write_lane(self.shadow, adopted[SHADOW])
 
     def _credit(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
@@ -349,7 +353,9 @@ class Session:
         if trial.accepted:
             self._visit()
             # What was taken back is no new start: the controller's earlier changes still count.
-            self.shadow_diverged = self.shadow_diverged and outcome.rolled_back
+            if outcome.rolled_back and trial.outweighs_harm:
+                self.arena.write_lane(self.shadow, self.gate.adopted[SHADOW])
+            self.shadow_diverged &= outcome.rolled_back or trial.outweighs_harm
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)

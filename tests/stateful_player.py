@@ -232,7 +232,14 @@ class Auditor:
             session.engine.train(first, first + len(lanes), steps)
         self._same(promise, first, session.main)
         if session.shadow_diverged:
-            self._same(promise, first + (2 if trial else 1), session.shadow)
+            place = first + (2 if trial else 1)
+            if outcome.applied and trial:  # it outlives a gain that only outweighs earlier harm
+                place = first
+                arena.write_lane(place, moment.shadow)
+                arena["mix"][place] = mix
+                session.moves.follow(action, place, session.boundary.hard.min_agents)
+                session.engine.train(place, place + 1, steps)
+            self._same(promise, place, session.shadow)
         if not outcome.applied:
             before = json.dumps(moment.main.tree.to_dict())
             hold(promise, before == json.dumps(session.tree.to_dict()), "the tree has changed")

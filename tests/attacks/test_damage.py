@@ -6,7 +6,7 @@ import pytest
 
 from k1.data import TextData
 from k1env.session import Session
-from tests.attacks.helpers import Books, attack, earned_nothing, play, real
+from tests.attacks.helpers import Books, attack, earned_nothing, generous, play, real
 from tests.phase2_helpers import index_of
 
 LOW = {"lr": (1e-6, 9e-4)}
@@ -74,6 +74,38 @@ def test_price_arbitrage(data: TextData) -> None:
         attempts += outcome.trial is not None
     assert attempts == 2
     earned_nothing(session, before, attempts)
+
+
+def test_one_real_gain_does_not_buy_the_repairs(data: TextData) -> None:
+    """Agents that cost compute are added for nothing, behind a gain that outweighs them."""
+    session = attack(data, real({"compute_price": 0.3}))
+    grown = set(session.tree.blocks)
+    while len(set(session.tree.blocks) - grown) < 6:
+        room = next(a for a in session.table if a.kind == "add" and session.possible(a))
+        session.act(room.index)
+    added = sorted(set(session.tree.blocks) - grown, reverse=True)
+    (gain,) = play(session, "tune lr x2")
+    assert gain.credited and gain.trial is not None
+    assert gain.trial.control is not None and gain.trial.shadow is not None
+    assert gain.trial.control.mean > gain.trial.shadow.mean > 0, "it hides the harm, and more"
+    label = f"delete slot {added[0]}"
+    assert would_pass_without_its_shadow(session, label), "the trick would work"
+    before, shadow = Books.of(session), session.arena.get_hyper(session.shadow)
+    assert shadow["lr"] == session.arena.get_hyper(session.main)["lr"], "it has the gain too"
+    assert not set(session.arena.trees[session.shadow].blocks) - grown
+    outcomes = play(session, *[f"delete slot {slot}" for slot in added])
+    assert all(outcome.refused for outcome in outcomes)
+    earned_nothing(session, before, len(added))
+
+
+def test_a_shadow_goes_with_a_gain_where_there_was_no_harm(
+    data: TextData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = attack(data, generous(monkeypatch), stage=2)
+    play(session, "tune lr x0.5")
+    assert session.shadow_diverged
+    (outcome,) = play(session, "prune 10%")
+    assert outcome.credited and not session.shadow_diverged
 
 
 def test_divergence_on_purpose_sheds_no_shadow(
