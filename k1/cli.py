@@ -16,8 +16,8 @@ MISTAKE = 2
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 OUT_OF_MEMORY = (
-    "take a smaller preset, fewer environments or trials side by side, or --device cpu; what was "
-    "saved is whole"
+    "take a smaller preset, fewer environments or trials side by side, or another --device; what "
+    "was saved is whole"
 )
 
 
@@ -34,10 +34,11 @@ def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> 
     except K1Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it need not have been imported
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
             raise
-        print(f"error: {_first_sentences(str(error))}; {OUT_OF_MEMORY}", file=sys.stderr)
+        told = _first_sentences(str(error)) or "out of memory"
+        print(f"error: {told}; {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -45,9 +46,16 @@ def run(arguments: type[Arguments], main: Callable[[Arguments], int | None]) -> 
     sys.exit(code or 0)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, as Python or torch tells of it; torch need not have been imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "can't allocate memory" in str(error)
+
+
 def _first_sentences(text: str) -> str:
     """What torch says of memory that ran out, without its advice."""
-    return ". ".join(text.split(". ")[:2]).rstrip(".")
+    return ". ".join(text.partition("\n")[0].split(". ")[:2]).rstrip(".")
 
 
 def optional(metavar: str) -> Any:

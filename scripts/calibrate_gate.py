@@ -52,6 +52,8 @@ def main(arguments: Arguments) -> int:
     limit = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not limit > 0:
         raise K1Error(f"--max-minutes {limit} is not possible: give a number above 0")
+    if arguments.seed < 0:
+        raise K1Error(f"--seed {arguments.seed} is not possible: it is 0 or more")
     check_outputs(arguments.json, arguments.markdown, arguments.records)
     device = pick_device(arguments.device)
     prepare_torch(device.type)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from tests.stateful_checks import (
     recount,
 )
 
+COUNTS: Counter[str] = Counter()
+"""What has been played in this process, and held."""
 SPARE = 2
 """First of the lanes that are free between decisions."""
 LATELY = 8
@@ -156,6 +159,7 @@ class Auditor:
         self.moment = moment
         result = env.step(action)
         self.decisions += 1
+        COUNTS["decisions"] += 1
         hold("generators", generators(env) == before, "a step drew from a global generator")
         ledger, outcome = env.ledger, session.last
         assert isinstance(ledger, Ledger) and outcome is not None
@@ -170,6 +174,10 @@ class Auditor:
         after, here = session.boundary, self._configuration()
         hold("stage", after.stage - moment.stage in (0, 1), f"{moment.stage} -> {after.stage}")
         hold("stage", (after.stage > moment.stage) == outcome.promoted, "promotion")
+        for what in ("refused", "promoted", "credited", "rolled_back"):
+            COUNTS[what] += bool(getattr(outcome, what))
+        COUNTS["trials"] += outcome.trial is not None
+        COUNTS["impossible"] += outcome.impossible is not None
         check_bounds(after.bounds, session.arena.scratch - 1, moment.bounds)
         grown = after.bounds != moment.bounds
         hold("bounds", not grown or outcome.credited, "widened without a success")
@@ -286,6 +294,7 @@ class Auditor:
         if self.env.session.finished:
             return
         seen = self.env.peek(action)
+        COUNTS["looks ahead"] += 1
         hold("peek", fingerprint(self.env) == before, "looking ahead has changed the state")
         done = self.step(action)
         if seen[-1]["verdict"] in ("permitted", "impossible"):
@@ -294,7 +303,8 @@ class Auditor:
     def undo(self) -> None:
         """Take the last decision back, if there is one."""
         env = self.env
-        if self.moment is None:
+        session = env.session
+        if self.moment is None or session.spent >= session.settings.budget:
             before = fingerprint(env)
             try:
                 env.undo()
@@ -306,6 +316,7 @@ class Auditor:
         main = env.session.arena.read_lane(env.session.main)
         hold("undo", freeze([main.tensors, main.tree.to_dict()]) == self.moment.blob, "weights")
         self.visited, self.moment = self.moment.visited, None
+        COUNTS["steps back"] += 1
         self.check()
 
     def reload(self, action: int) -> None:
@@ -332,6 +343,7 @@ class Auditor:
             hold("restore", freeze(self.step(action)) == freeze(done), "it goes on otherwise")
             same = ledger.path.read_bytes() == path.read_bytes()
             hold("restore", same, "the ledgers differ")
+            COUNTS["reloads"] += 1
 
     def close(self) -> None:
         """See that nothing returned has changed, and verify the chain of the whole ledger."""

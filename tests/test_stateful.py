@@ -9,6 +9,7 @@ invented, to reach what real ones reach in days. Which fault each check finds is
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,15 @@ from tests.stateful_machines import (
     boundary_of,
     play_twice,
 )
-from tests.stateful_player import Auditor
+from tests.stateful_player import COUNTS, Auditor
 
 
 @pytest.mark.timeout(1_200)
 def test_no_sequence_of_actions_breaks_a_promise(data: TextData) -> None:
     PlayMachine.data = data
+    before = Counter(COUNTS)
     run_state_machine_as_test(PlayMachine, settings=CI)
+    print(dict(COUNTS - before))
 
 
 @pytest.mark.torture
@@ -45,7 +48,9 @@ def test_no_sequence_of_actions_breaks_a_promise(data: TextData) -> None:
 def test_no_long_sequence_of_actions_breaks_a_promise(data: TextData) -> None:
     PlayMachine.data = data
     full = settings(CI, max_examples=300, stateful_step_count=50, derandomize=False)
+    before = Counter(COUNTS)
     run_state_machine_as_test(PlayMachine, settings=full)
+    print(dict(COUNTS - before))
 
 
 @pytest.mark.parametrize("gate", sorted(GATES))
