@@ -99,13 +99,6 @@ class TrialResult:
     window_digests: tuple[str, ...] = ()
     """One for each seed, over the gate windows that its twins were scored on."""
 
-    @property
-    def outweighs_harm(self) -> bool:
-        """Whether the system was worse than its shadow, by what its controller had changed."""
-        if self.control is None or self.shadow is None:
-            return False
-        return self.control.mean > self.shadow.mean
-
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON data."""
         return asdict(self)

@@ -73,10 +73,11 @@ class DivergenceGuard:
             self.in_a_row = 0
             return False
         assert self.best is not None
-        cursor = self.arena["data_cursor"][self.lane].clone()
+        stream = {n: self.arena[n][self.lane].clone() for n in ("data_seed", "data_cursor")}
         diverged = self.arena.trees[self.lane]
         self.arena.write_lane(self.lane, self.best)
-        self.arena["data_cursor"][self.lane] = cursor
+        for name, place in stream.items():
+            self.arena[name][self.lane] = place
         tree = self.arena.trees[self.lane]  # ids stay used, also those of blocks that are gone
         tree.next_id = max(tree.next_id, diverged.next_id)
         tree.born = [max(pair) for pair in zip(tree.born, diverged.born, strict=True)]

@@ -156,14 +156,16 @@ class Moves:
         elif action.kind == actions.TUNE:
             self.arena.set_hyper(lane, action.parameter, self._tuned(action, lane))
 
-    def follow(self, action: Action, lane: int, fewest: int) -> None:
+    def follow(self, action: Action, lane: int, was: Topology, fewest: int) -> None:
         """Let another lane have what an action has come to in this one, as far as it can.
 
-        A hyper-parameter takes the value that it has here, and agents are deleted that are there.
+        A hyper-parameter takes the value that it has here. An agent is deleted if it is there too:
+        another in its slot stays.
 
         Args:
             action: what was done here.
             lane: the other lane.
+            was: the tree here before that.
             fewest: agents that have to be left there.
         """
         tree = self.arena.trees[lane]
@@ -174,6 +176,8 @@ class Moves:
             if tree.agents - max(1, math.floor(action.value * tree.agents)) >= fewest:
                 edits.prune(self.arena, lane, action.value)
         elif action.kind == actions.DELETE and action.slot in tree.blocks:
+            if tree.blocks[action.slot].id != was.blocks[action.slot].id:
+                return
             left = tree.copy()
             left.remove(action.slot)
             if left.agents >= fewest:

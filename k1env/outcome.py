@@ -72,6 +72,17 @@ class Outcome:
         return self.trial is not None and not self.applied
 
     @property
+    def outweighs_harm(self) -> bool:
+        """Whether what was accepted gains more over the system than over its shadow.
+
+        Then the controller's changes were harmful. After a stop nothing is left to repair.
+        """
+        if self.trial is None or not self.trial.accepted or self.stopped:
+            return False
+        control, shadow = self.trial.control, self.trial.shadow
+        return control is not None and shadow is not None and control.mean > shadow.mean
+
+    @property
     def word(self) -> str:
         """The verdict without what a trial measured: all that a controller is told."""
         if self.impossible is not None:

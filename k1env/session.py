@@ -306,8 +306,7 @@ class Session:
         if action.structural:
             self.autonomy.structural_tries.append(self.decision)
         shares = [1.0 / len(self.seen) if d in self.seen else 0.0 for d in self.data.domains]
-        arms = 3 if self.shadow_diverged else 2
-        room = yield Claim(Gate.lanes_needed(self.gate.config, arms))
+        room = yield Claim(Gate.lanes_needed(self.gate.config, 3 if self.shadow_diverged else 2))
         self.gate.first = room.start
         try:
             trial = yield from self.gate.trial(
@@ -322,8 +321,7 @@ class Session:
                 progress=lambda done, total: self.notify("trial", done=done, total=total),
             )
         except RuntimeError as error:  # for example out of memory: it counts as a failure
-            reason = f"it crashed ({type(error).__name__})"
-            trial = TrialResult(False, reason, None, None, 0, 0)
+            trial = TrialResult(False, f"it crashed ({type(error).__name__})", None, None, 0, 0)
         finally:
             room.release()
         adopted = self.gate.adopted
@@ -337,8 +335,10 @@ class Session:
             yield from self._train(outcome)
         else:
             self.arena.write_lane(self.main, adopted[CONTROL])
-        if trial.accepted and trial.outweighs_harm:  # or repairing the harm would earn more
-            self.moves.follow(action, self.shadow, self.boundary.hard.min_agents)
+        if outcome.outweighs_harm:  # or repairing the harm would earn more
+            was, fewest = adopted[CONTROL].tree, self.boundary.hard.min_agents
+            self.moves.follow(action, self.shadow, was, fewest)
+            self.arena["data_seed"][self.shadow] = self.arena["data_seed"][self.main]
             yield Train((self.shadow,), self.gate.config.horizon)
             outcome.spent += self.gate.config.horizon
         elif trial.seeds_run and SHADOW in adopted:
@@ -353,9 +353,9 @@ class Session:
         if trial.accepted:
             self._visit()
             # What was taken back is no new start: the controller's earlier changes still count.
-            if outcome.rolled_back and trial.outweighs_harm:
+            if outcome.rolled_back and outcome.outweighs_harm:
                 self.arena.write_lane(self.shadow, self.gate.adopted[SHADOW])
-            self.shadow_diverged &= outcome.rolled_back or trial.outweighs_harm
+            self.shadow_diverged &= outcome.rolled_back or outcome.outweighs_harm
         if outcome.credited and action.structural:
             self.autonomy.last_structural_gain = self.decision
         outcome.promoted = self.boundary.record(outcome.credited, request, self.decision)

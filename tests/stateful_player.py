@@ -245,7 +245,8 @@ class Auditor:
                 place = first
                 arena.write_lane(place, moment.shadow)
                 arena["mix"][place] = mix
-                session.moves.follow(action, place, session.boundary.hard.min_agents)
+                fewest = session.boundary.hard.min_agents
+                session.moves.follow(action, place, moment.main.tree, fewest)
                 session.engine.train(place, place + 1, steps)
             self._same(promise, place, session.shadow)
         if not outcome.applied:
