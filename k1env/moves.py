@@ -183,6 +183,21 @@ class Moves:
             if left.agents >= fewest:
                 edits.delete_agent(self.arena, lane, action.slot)
 
+    def is_news(self, action: Action, visited: Sequence[str], before: Topology, first: int) -> bool:
+        """Whether what an action has come to can earn anything.
+
+        Args:
+            action: what was done.
+            visited: signatures of configurations that were there before.
+            before: the tree without the action.
+            first: ids from this on are those of agents that the controller has added; to delete
+                nothing but these only takes back what it did.
+        """
+        if action.kind == actions.STOP:
+            return True
+        gone = {b.id for b in before.blocks.values()} - {b.id for b in self._tree.blocks.values()}
+        return self.signature(self.lane) not in visited and (not gone or min(gone) < first)
+
     def signature(self, lane: int) -> str:
         """Identify a lane's configuration: its tree and hyper-parameters."""
         hyper = self.arena.get_hyper(lane)

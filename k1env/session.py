@@ -147,8 +147,7 @@ class Session:
         )
         self.autonomy = Autonomy()
         self.last: Outcome | None = None
-        self.decision = 0
-        self.spent = 0
+        self.decision = self.spent = self.first_own = 0
         self.shadow_diverged = False
         self.visited: list[str] = []
         self.tries: list[dict[str, Any]] = []
@@ -227,6 +226,7 @@ class Session:
             )
         self.bits = self.bits_start = measured
         self.visited = [self.moves.signature(self.main)]
+        self.first_own = self.tree.next_id
         yield from self._remember(self.world.phase(0), self.bits[self.world.current(0)])
         log_start(self)
 
@@ -346,11 +346,11 @@ class Session:
 
     def _credit(self, request: Request, ruling: Ruling, outcome: Outcome) -> None:
         """Count an attempt, once it is known whether the system stands it."""
-        trial, action = outcome.trial, request.action
-        assert trial is not None
-        again = action.kind != actions.STOP and self.moves.signature(self.main) in self.visited
-        outcome.credited = trial.accepted and not again and not outcome.rolled_back
-        if trial.accepted:
+        action = request.action
+        if outcome.trial is not None and outcome.trial.accepted:
+            before = self.gate.adopted[CONTROL].tree
+            news = self.moves.is_news(action, self.visited, before, self.first_own)
+            outcome.credited = news and not outcome.rolled_back
             self._visit()
             # What was taken back is no new start: the controller's earlier changes still count.
             if outcome.rolled_back and outcome.outweighs_harm:

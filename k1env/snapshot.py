@@ -31,6 +31,7 @@ class _Records:
 
     decision: int
     spent: int
+    first_own: int
     shadow_diverged: bool
     bits: dict[str, float]
     bits_start: dict[str, float]
@@ -43,7 +44,8 @@ class _Records:
 
     def __post_init__(self) -> None:
         """Refuse what no session comes to."""
-        if min(self.decision, self.spent, self.agents_start) < 0 or not self.reference_flops > 0:
+        counts = (self.decision, self.spent, self.first_own, self.agents_start)
+        if min(counts) < 0 or not self.reference_flops > 0:
             raise ConfigError("state: a count is below zero")
 
 

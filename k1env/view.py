@@ -137,7 +137,7 @@ def explain(outcome: Outcome, gate: GateConfig) -> str:
     if trial.seeds_run < gate.seeds:
         return text + "; ended early, for the first seeds all speak against it"
     if trial.accepted and not outcome.credited:
-        return text + "; a configuration visited before earns nothing"
+        return text + "; what was visited before and deleting own agents earn nothing"
     limit = "less than" if stop else "more than"
     return text + f"; needed {limit} {100 * gate.margin:g} % with p at most {gate.alpha:g}"
 

@@ -98,6 +98,22 @@ def test_one_real_gain_does_not_buy_the_repairs(data: TextData) -> None:
     earned_nothing(session, before, len(added))
 
 
+def test_a_permitted_gain_does_not_buy_the_repairs_either(data: TextData) -> None:
+    """Own: agents that harm are added behind a permitted gain, and each deletion is better."""
+    session = attack(data, real({"compute_price": 0.3}), stage=2, lr=(1e-6, 0.3))
+    grown = set(session.tree.blocks)
+    play(session, "tune lr x2")
+    while len(set(session.tree.blocks) - grown) < 4:
+        room = next(a for a in session.table if a.kind == "add" and session.possible(a))
+        session.act(room.index)
+    before, bounds = Books.of(session), session.boundary.bounds
+    added = sorted(set(session.tree.blocks) - grown, reverse=True)
+    outcomes = play(session, *[f"delete slot {slot}" for slot in added])
+    assert any(outcome.applied for outcome in outcomes), "the trick works on the gate"
+    assert session.boundary.bounds == bounds
+    earned_nothing(session, before, len(added))
+
+
 def test_a_shadow_goes_with_a_gain_where_there_was_no_harm(
     data: TextData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
