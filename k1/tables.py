@@ -48,6 +48,10 @@ class Table:
         rule = "|---|" + ("---:|" if self.numbers else "---|") * (len(self.headers) - 1)
         return [_line(self.headers), rule, *map(_line, self.rows)]
 
+    def section(self) -> list[str]:
+        """Write it as lines of Markdown under its title."""
+        return [f"{self.title[0].upper()}{self.title[1:]}:", "", *self.markdown(), ""]
+
 
 def console() -> Console:
     """Return where tables are printed: as wide as the terminal, or as a page if there is none."""

@@ -118,5 +118,5 @@ def markdown(result: dict[str, Any], about: Sequence[str]) -> str:
     lines += [f"- {line}" for line in (*about, *NOTES, windows)]
     lines.append("")
     for table in tables(result):
-        lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
+        lines += table.section()
     return "\n".join(lines)

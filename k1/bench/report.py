@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +273,7 @@ def markdown(results: list[Result]) -> str:
     for result in results:
         device, versions = result["device"], result["versions"]
         parts.append(f"## {device['name']}\n")
-        command = re.sub(r"--json \S+", "--json FILE", result["command"])
-        parts.append(f"```bash\n{command}\n```\n")
+        parts.append(f"```bash\n{result['command']}\n```\n")
         shown = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
         threads = f", {device['threads']} thread(s)" if "threads" in device else ""
         parts.append(

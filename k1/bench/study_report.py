@@ -250,5 +250,5 @@ def markdown(record: dict[str, Any]) -> str:
     for name, found in tables(record).items():
         lines += [f"### {headings(record)[name]}", ""]
         for table in found:
-            lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
+            lines += table.section()
     return "\n".join(lines)

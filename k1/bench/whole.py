@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +67,7 @@ def measure(
     plan = Plan(device, matmul_peak(device), request.rounds, request.seconds, request.patience, say)
     cases: dict[str, Any] = {}
     result = {
-        "command": shlex.join(["python", _short(command[0]), *command[1:]]),
+        "command": _plain(command),
         "complete": False,
         "versions": versions(),
         "device": {**describe(device), "matmul_flops": plan.peak_flops},
@@ -100,6 +101,12 @@ def measure(
     result["complete"] = True
     keep(result)
     return result
+
+
+def _plain(command: Sequence[str]) -> str:
+    """The command line without places of this machine."""
+    told = shlex.join(["python", _short(command[0]), *command[1:]])
+    return re.sub(r"--json[ =]\S+", "--json FILE", told)
 
 
 def _short(script: str) -> str:

@@ -239,7 +239,7 @@ def markdown(
     """Write the page of results."""
     lines = ["# Results", "", *(f"- {line}" for line in about), ""]
     for table in tables(rows, reference):
-        lines += [f"{table.title[0].upper()}{table.title[1:]}:", "", *table.markdown(), ""]
+        lines += table.section()
     names = list(dict.fromkeys(row["method"] for row in rows))
     legend = [(name, what[name]) for name in names]
     lines += Table("", ("method", "what"), legend, numbers=False).markdown()
