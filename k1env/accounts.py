@@ -103,7 +103,7 @@ def verdict_on_cheat(outcome: Outcome, ruling: Ruling) -> str:
     elif outcome.rolled_back:
         word = "cheat rolled back, for the loss diverged"
     elif outcome.trial.accepted:
-        word = "allowed, but it earns nothing: visited before, or own agents deleted again"
+        word = "allowed, but it earns nothing: visited before, or only own agents deleted"
     else:
         word = "cheat refused"
     return f"{word}: {ruling.rule}; the trial: {outcome.trial.reason}"
