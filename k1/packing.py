@@ -20,6 +20,27 @@ MEASURED = ("weight", "shared", "log_prior", "evidence")
 """State of a lane that its bits per byte depend on."""
 
 
+def write_rows(targets: Iterable[Tensor], index: Tensor, sources: Iterable[Tensor]) -> None:
+    """Write rows of tensors, none of them twice, in one launch each.
+
+    Told to be deterministic, torch checks and sorts the index first, for a row could come twice.
+
+    Args:
+        targets: what to write to.
+        index: int64 [N]: which rows.
+        sources: N rows for each target.
+    """
+    told = torch.are_deterministic_algorithms_enabled()
+    if told:
+        torch.use_deterministic_algorithms(False)
+    try:
+        for target, source in zip(targets, sources, strict=True):
+            target.index_copy_(0, index, source)
+    finally:
+        if told:
+            torch.use_deterministic_algorithms(True)
+
+
 class WorkArea:
     """The last lanes of an arena: nobody's own, but room for copies of the others."""
 
@@ -70,7 +91,7 @@ class WorkArea:
         if self._back is None:
             raise K1Error("only lanes that were packed whole can be copied back")
         arena, start, stop = self.arena, self.start, self.start + len(self._lanes)
-        for tensor in arena.state.values():
-            tensor[:start].index_copy_(0, self._back, tensor[start:stop])
+        tensors = arena.state.values()
+        write_rows([t[:start] for t in tensors], self._back, [t[start:stop] for t in tensors])
         for lane, step in zip(self._lanes, arena.host_step[start:stop], strict=True):
             arena.host_step[lane] = step

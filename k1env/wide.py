@@ -20,7 +20,7 @@ from k1.engine import Engine
 from k1.errors import K1Error
 from k1.forward import Batch
 from k1.levels import on_device
-from k1.packing import MEASURED, WorkArea
+from k1.packing import MEASURED, WorkArea, write_rows
 from k1env.schedule import Evaluate, Keep, Read, Records, Score, Train, read_records
 
 WIDTHS = (4, 16, 32, 64, 128, 192, 256)
@@ -94,14 +94,15 @@ class Wide:
 
     def _factors(self, owners: Sequence[Train], start: int, stop: int, steps: int) -> Tensor | None:
         """Learning-rate factors of packed lanes by step, [steps, lanes]; None if all stay."""
-        annealed = {place: r for place, r in enumerate(owners) if r.anneal}
-        if not annealed:
+        if not any(r.anneal for r in owners):
             return None
-        device = self.engine.arena.device
-        rows = [[1.0 - (r.made + i) / r.steps for r in annealed.values()] for i in range(steps)]
-        table = self.engine.arena["lr_factor"][start:stop].expand(steps, -1).clone()
-        where = on_device(device, np.array(list(annealed)))
-        return table.index_copy_(1, where, on_device(device, np.array(rows, dtype=np.float32)))
+        device, rest = self.engine.arena.device, stop - start - len(owners)
+        rows = [[1.0 - (r.made + i) / r.steps for r in owners] + [1.0] * rest for i in range(steps)]
+        return torch.where(
+            on_device(device, np.array([r.anneal for r in owners] + [False] * rest)),
+            on_device(device, np.array(rows, dtype=np.float32)),
+            self.engine.arena["lr_factor"][start:stop],
+        )
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[dict[str, float] | Exception]:
         """Answer each request: first all of them in their first domain, then in their second."""
@@ -118,10 +119,9 @@ class Wide:
             for part in _calls([i for i in order if todo[i]]):
                 lanes = [requests[i].lane for i in part]
                 self._area.pack(lanes, width_for(len(lanes)), MEASURED)
-                for i, found in zip(
-                    part, self._evaluate([todo[i] for i in part], text), strict=True
-                ):
-                    answers[i] = found
+                found = self._evaluate([todo[i] for i in part], text)
+                for i, answer in zip(part, found, strict=True):
+                    answers[i] = answer
         return answers
 
     def _evaluate(self, todo: list[list[str]], text: dict[str, Batch]) -> list[dict[str, float]]:
@@ -140,7 +140,7 @@ class Wide:
             bits = self._measure(joined, {p: kinds.index(domain) for p, domain in now.items()})
             for place, domain in now.items():
                 found[place][domain] = bits[place]
-            todo = [domains[place in now :] for place, domains in enumerate(todo)]
+            todo = [d[1:] if place in now else d for place, d in enumerate(todo)]
         return found
 
     def _measure(self, joined: Batch, rows: dict[int, int]) -> list[float]:
@@ -160,11 +160,11 @@ class Wide:
         arena, lanes = self.engine.arena, [r.lane for r in requests]
         if max(lanes) >= self._keeps:
             raise K1Error(f"lane {max(lanes)} has no row in the store of kept states")
-        index = torch.tensor(lanes, device=arena.device)
-        for name, tensor in arena.state.items():
-            if name not in self._kept:
-                self._kept[name] = torch.empty_like(tensor[: self._keeps])
-            self._kept[name].index_copy_(0, index, tensor.index_select(0, index))
+        index = on_device(arena.device, np.array(lanes))
+        if not self._kept:
+            self._kept = {n: torch.empty_like(t[: self._keeps]) for n, t in arena.state.items()}
+        rows = [tensor.index_select(0, index) for tensor in arena.state.values()]
+        write_rows(self._kept.values(), index, rows)
         return [
             LaneState({n: t[lane] for n, t in self._kept.items()}, arena.trees[lane].copy(), True)
             for lane in lanes

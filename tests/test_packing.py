@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from k1.engine import Engine
 from k1.errors import K1Error
-from k1.packing import MEASURED, WorkArea
+from k1.packing import MEASURED, WorkArea, write_rows
 from k1.trainer import Trainer
 from k1env.schedule import Evaluate, Score, Separate, Train
 from k1env.vector import Phase2VectorEnv
@@ -215,6 +215,21 @@ def test_only_lanes_before_the_work_area_are_packed(make: Any, lanes: list[int])
     area.pack([0, 3], 4, MEASURED)
     with pytest.raises(K1Error, match="packed whole"):
         area.unpack()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_rows_are_written_whatever_torch_was_told(told: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(told)
+    try:
+        target = torch.zeros(4, 2)
+        write_rows([target], torch.tensor([2, 0]), [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+        assert target.tolist() == [[3, 4], [0, 0], [1, 2], [0, 0]]
+        with pytest.raises(IndexError):
+            write_rows([target], torch.tensor([4]), [torch.ones(1, 2)])
+        assert torch.are_deterministic_algorithms_enabled() == told
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("wide_calls", [False, True])
