@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,7 +277,7 @@ class Arena:
         self._hyper[lane] = None
         if name == "top_k":
             self.host_top_k[lane] = int(value)
-            self._forget(lane, self._leaves)
+            self._forget(lane, lane + 1, self._leaves)
 
     def get_hyper(self, lane: int) -> dict[str, float]:
         """Read the hyper-parameters of a lane."""
@@ -305,13 +305,24 @@ class Arena:
     def set_tree(self, lane: int, tree: Topology) -> None:
         """Give a lane its tree (after an edit too: the device index follows)."""
         self.trees[lane] = tree
-        self._forget(lane)
+        self._forget(lane, lane + 1)
 
-    def _forget(self, lane: int, *caches: dict[tuple[int, int], Any]) -> None:
-        """Drop what was derived from a lane's tree and `top_k`, from some caches or from all."""
+    def follow(self, sources: Sequence[int], start: int) -> None:
+        """Know of lanes start, start + 1, ... what is known of those whose state they are given.
+
+        They share their sources' trees, so that nobody may edit them.
+        """
+        stop = start + len(sources)
+        steps: list[list[Any]] = [self.host_step, self.host_top_k]
+        for known in (*steps, self.trees, self._hyper, self._mix):
+            known[start:stop] = [known[source] for source in sources]
+        self._forget(start, stop)
+
+    def _forget(self, start: int, stop: int, *caches: dict[tuple[int, int], Any]) -> None:
+        """Drop what was derived from lanes' trees and `top_k`, from some caches or from all."""
         for cache in caches or (self._index, self._leaves):
-            for start, stop in [key for key in cache if key[0] <= lane < key[1]]:
-                del cache[start, stop]
+            for key in [(low, high) for low, high in cache if low < stop and start < high]:
+                del cache[key]
 
     def prepare(self, ranges: list[tuple[int, int]]) -> None:
         """Derive what ranges of lanes need, before threads ask for it."""
@@ -384,9 +395,7 @@ class Arena:
             for target in others:
                 copy_all([t[target] for t in tensors], [t[source] for t in tensors])
         for target in others:
-            self.host_step[target] = self.host_step[source]
-            self.host_top_k[target] = self.host_top_k[source]
-            self._hyper[target], self._mix[target] = self._hyper[source], self._mix[source]
+            self.follow([source], target)
             self.set_tree(target, self.trees[source].copy())
 
     def read_lane(self, lane: int) -> LaneState:

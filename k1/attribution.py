@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k1.levels import LevelIndex
+from k1.levels import LevelIndex, on_device
 from k1.topology import Topology
 
 NEVER = -(1 << 40)
@@ -79,10 +79,10 @@ def index_leaves(
     chain = np.stack([t.chain[:, :levels] for t in tables])
     depth, is_leaf = np.stack([t.depth for t in tables]), np.stack([t.is_leaf for t in tables])
     return Leaves(
-        torch.from_numpy(chain).to(device),
-        torch.from_numpy(depth).to(device),
-        torch.from_numpy(is_leaf).to(device),
-        torch.tensor(looks, device=device),
+        on_device(device, chain),
+        on_device(device, depth),
+        on_device(device, is_leaf),
+        on_device(device, np.array(looks)),
         most,
     )
 

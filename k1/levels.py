@@ -93,8 +93,12 @@ class Extent:
         return Extent(tuple(width), max(branching) if self.ranks <= max(branching) else most)
 
 
-def _on(device: torch.device, array: Any) -> Tensor:
-    return torch.from_numpy(array).to(device)
+def on_device(device: torch.device, array: Any) -> Tensor:
+    """Hold a host array on a device, without waiting for what that still has to do."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def index_levels(
@@ -137,15 +141,15 @@ def index_levels(
                 level,
                 offset,
                 w,
-                alive=_on(device, alive),
-                is_leaf=_on(device, is_leaf),
-                parent=_on(device, parent),
-                rank=_on(device, rank),
+                alive=on_device(device, alive),
+                is_leaf=on_device(device, is_leaf),
+                parent=on_device(device, parent),
+                rank=on_device(device, rank),
                 first=first_place,
-                source=_on(device, source.reshape(-1)),
-                row=_on(device, row.reshape(-1)),
-                children=_on(device, children),
-                has_child=_on(device, has_child),
+                source=on_device(device, source.reshape(-1)),
+                row=on_device(device, row.reshape(-1)),
+                children=on_device(device, children),
+                has_child=on_device(device, has_child),
                 full_ranks=(*everywhere, False).index(False) if host_knows else 0,
                 any_leaf=bool(is_leaf.any()) or not host_knows,
             )

@@ -34,7 +34,7 @@ from k1.trainer import Trainer
 from k1env.gate import CHEAT, Change, Gate, GateConfig, differences
 from k1env.schedule import Evaluate, Scheduler, Score, Separate, Task, Train
 from k1env.settings import Settings
-from k1env.wide import Wide
+from k1env.wide import Wide, work_room
 
 FORMAT = 1
 NAMES = ("cheat", "domain", "age", "number", "horizon", "anneal")
@@ -159,13 +159,13 @@ class Calibration:
         self.size = 2 * settings.gate.seeds
         first = len(self.cells)
         lanes = first + plan.at_once * self.size
-        trainer = Trainer(settings.system, plan.data, device=plan.device, lanes=lanes)
-        trainer.arena.copy_lane(0, *range(1, lanes))  # wide calls come across all of them
+        area = work_room(lanes) if wide else 0
+        trainer = Trainer(settings.system, plan.data, device=plan.device, lanes=lanes + area)
         if wide:
             trainer.arena.roomy = True
-            trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
+            trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=area)
         self.trainer, self.arena, self.engine = trainer, trainer.arena, trainer.engine
-        calls = Wide(self.engine, first) if wide else Separate(self.engine)
+        calls = Wide(self.engine, first, lanes) if wide else Separate(self.engine)
         self.scheduler = Scheduler(calls, range(lanes, lanes))
         self.places = [first + i * self.size for i in range(plan.at_once)]
         self.before: dict[tuple[str, str], float] = {}

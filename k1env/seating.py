@@ -17,7 +17,7 @@ from k1env.schedule import Scheduler, Separate
 from k1env.session import Seat
 from k1env.settings import DEFAULT_INSTANCE
 from k1env.setup import Setup
-from k1env.wide import Wide
+from k1env.wide import Wide, work_room
 from k1env.world import text_of
 
 _OWN = ("lr", "top_k", "cooldown", "exploration")
@@ -59,12 +59,12 @@ def seat(
     if spare < widest:
         raise K1Error(f"spare_lanes = {spare}: a trial takes up to {widest} lanes")
     system, lanes = setup.settings.system, 2 * count + spare
-    trainer = Trainer(system, setup.data, device=setup.device, lanes=lanes)
-    trainer.arena.copy_lane(0, *range(1, lanes))  # wide calls come across lanes without an owner
+    area = work_room(lanes) if wide else 0
+    trainer = Trainer(system, setup.data, device=setup.device, lanes=lanes + area)
     if wide:
         trainer.arena.roomy = True  # or each tree that grows would call for other graphs
-        trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=lanes)
-    calls = Wide(trainer.engine, count) if wide else Separate(trainer.engine)
+        trainer.engine = Engine(trainer.arena, trainer.store, lane_chunk=area)
+    calls = Wide(trainer.engine, count, lanes) if wide else Separate(trainer.engine)
     scheduler = Scheduler(calls, range(2 * count, lanes))
     envs = []
     for i, own in enumerate(setups):

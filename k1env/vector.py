@@ -223,23 +223,8 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     # -- states ----------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Make lanes that nobody uses copies of the first environment's.
-
-        Wide calls come across them, and their trees are among what decides how values are padded,
-        and so about last bits. After this, the course depends on nothing but `snapshot`.
-        """
-        envs = [env.session for env in self.envs]
-        used = {env.main for env in envs} | {env.shadow for env in envs if env.shadow_diverged}
-        first = envs[0]
-        idle = [lane for lane in range(first.arena.lanes) if lane not in used]
-        first.arena.copy_lane(first.main, *idle)
-
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything that a later `restore` needs: tensors and plain JSON data.
-
-        To go on in the same way to the last bit where calls are wide, call `settle` before.
-        """
+        """Return everything that a later `restore` needs: tensors and plain JSON data."""
         return take_vector_snapshot(self.envs, self._ended)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -252,7 +237,6 @@ class Phase2VectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._observations = [None] * self.num_envs
         self._ended = restore_vector_snapshot(self.envs, tensors, state)
         self._observations = [env.observe()[0] for env in self.envs]
-        self.settle()
 
     # -- Gymnasium -------------------------------------------------------------------------------
 

@@ -1,77 +1,44 @@
 """Few wide calls of the engine in place of many narrow ones, for a device that likes them.
 
-On a GPU a step of one lane takes nearly as long as a step of `CALL` lanes, and each range of lanes
-that is trained is recorded as a graph of its own, which takes as long as hundreds of steps. So the
-lanes that wait for the same thing are covered with few aligned ranges, and the lanes in between are
-trained along and come back as they were.
+On a GPU a step of one lane takes nearly as long as a step of many, and each range of lanes that is
+trained is recorded as a graph of its own, which takes as long as hundreds of steps. So the lanes
+that wait for the same thing are copied side by side into a work area, whichever they are, and what
+they come to is copied back. Both copies together take about as long as one more step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from k1.arena import Arena, LaneState
+from k1.arena import LaneState
 from k1.engine import Engine
 from k1.errors import K1Error
 from k1.forward import Batch
+from k1.levels import on_device
+from k1.packing import MEASURED, WorkArea, write_rows
 from k1env.schedule import Evaluate, Keep, Read, Records, Score, Train, read_records
 
-CALL = 64
-"""Lanes that a call costs besides those that it is about, and the width of the narrowest call."""
+WIDTHS = (4, 16, 32, 64, 128, 192, 256)
+"""Widths of calls. Each has graphs of its own; between two, lanes are trained for nothing. Alone,
+a few lanes wait for the end of their trials often enough to be worth the narrowest."""
 
-WIDEST = 256
+WIDEST = WIDTHS[-1]
 """Width of the widest call: more lanes take more memory at once, and no less time each."""
 
 
-def cover(lanes: Sequence[int], total: int) -> list[tuple[int, int]]:
-    """Cover lanes with ranges, each 2^k lanes wide from a multiple of that, at the least cost.
-
-    Args:
-        lanes: which lanes to cover.
-        total: lanes of the arena: no range goes beyond.
-    """
-    wanted = set(lanes)
-
-    def best(low: int, width: int) -> tuple[int, list[tuple[int, int]]]:
-        high = min(low + width, total)
-        if not any(lane in wanted for lane in range(low, high)):
-            return 0, []
-        whole = CALL + high - low
-        if width <= CALL:
-            return whole, [(low, high)]
-        left, right = best(low, width // 2), best(low + width // 2, width // 2)
-        apart = left[0] + right[0]
-        if apart < whole or width > WIDEST:
-            return apart, left[1] + right[1]
-        return whole, [(low, high)]
-
-    width = CALL
-    while width < total:
-        width *= 2
-    return best(0, width)[1]
+def width_for(lanes: int) -> int:
+    """Return the width of a call that is about so many lanes, `WIDEST` at most."""
+    return next(width for width in WIDTHS if width >= lanes)
 
 
-@contextmanager
-def untouched(arena: Arena, lanes: Sequence[int]) -> Iterator[None]:
-    """Let lanes come out as they went in; their trees must not be changed inside."""
-    if not lanes:
-        yield
-        return
-    index = torch.tensor(lanes, device=arena.device)
-    kept = {name: tensor.index_select(0, index) for name, tensor in arena.state.items()}
-    steps = [arena.host_step[lane] for lane in lanes]
-    try:
-        yield
-    finally:
-        for name, tensor in arena.state.items():
-            tensor.index_copy_(0, index, kept[name])
-        for lane, step in zip(lanes, steps, strict=True):
-            arena.host_step[lane] = step
+def work_room(lanes: int) -> int:
+    """Return how many lanes of work area an arena with so many other lanes needs."""
+    return width_for(min(lanes, WIDEST))
 
 
 def _join(batches: Sequence[Batch]) -> Batch:
@@ -80,17 +47,24 @@ def _join(batches: Sequence[Batch]) -> Batch:
     return Batch(*[torch.cat([getattr(batch, name) for batch in batches]) for name in names])
 
 
+def _calls(numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Divide among calls what is about many lanes."""
+    return [numbers[first : first + WIDEST] for first in range(0, len(numbers), WIDEST)]
+
+
 class Wide:
     """Requests become few wide calls. An error of a call ends everything: nobody owns it alone."""
 
-    def __init__(self, engine: Engine, keeps: int) -> None:
-        """Bind the engine, which has to take all lanes in one chunk.
+    def __init__(self, engine: Engine, keeps: int, area: int) -> None:
+        """Bind the engine, which has to take the lanes of a call in one chunk.
 
         Args:
             engine: does the work.
             keeps: how many lanes, the first ones, can be kept.
+            area: where the work area begins, at the end of the arena: `work_room` lanes.
         """
         self.engine, self._keeps = engine, keeps
+        self._area = WorkArea(engine.arena, area)
         self._kept: dict[str, Tensor] = {}
 
     def train(self, requests: Sequence[Train]) -> list[int | Exception]:
@@ -110,27 +84,25 @@ class Wide:
         return made
 
     def _train(self, requests: Sequence[Train], steps: int) -> None:
-        arena = self.engine.arena
+        # Lanes that lie side by side are copied too: in place, each range would be a graph more.
         owner = {lane: r for r in requests for lane in r.lanes}
-        for low, high in cover(list(owner), arena.lanes):
-            gaps = [lane for lane in range(low, high) if lane not in owner]
-            table = self._factors(owner, low, high, steps)
-            guide = next(lane for lane in range(low, high) if lane in owner)
-            with untouched(arena, gaps):
-                for lane in gaps:  # or they would ask for probes at steps of their own
-                    arena.host_step[lane] = arena.host_step[guide]
-                self.engine.train(low, high, steps, None if table is None else table.__getitem__)
+        for lanes in _calls(sorted(owner)):
+            start, stop = self._area.pack(lanes, width_for(len(lanes)))
+            table = self._factors([owner[lane] for lane in lanes], start, stop, steps)
+            self.engine.train(start, stop, steps, None if table is None else table.__getitem__)
+            self._area.unpack()
 
-    def _factors(self, owner: dict[int, Train], low: int, high: int, steps: int) -> Tensor | None:
-        """Learning-rate factors of lanes low..high by step, [steps, lanes]; None if all stay."""
-        annealed = {n: r for n, r in owner.items() if low <= n < high and r.anneal}
-        if not annealed:
+    def _factors(self, owners: Sequence[Train], start: int, stop: int, steps: int) -> Tensor | None:
+        """Learning-rate factors of packed lanes by step, [steps, lanes]; None if all stay."""
+        if not any(r.anneal for r in owners):
             return None
-        arena = self.engine.arena
-        rows = [[1.0 - (r.made + i) / r.steps for r in annealed.values()] for i in range(steps)]
-        table = arena["lr_factor"][low:high].expand(steps, -1).clone()
-        where = torch.tensor([lane - low for lane in annealed], device=arena.device)
-        return table.index_copy_(1, where, torch.tensor(rows, device=arena.device))
+        device, rest = self.engine.arena.device, stop - start - len(owners)
+        rows = [[1.0 - (r.made + i) / r.steps for r in owners] + [1.0] * rest for i in range(steps)]
+        return torch.where(
+            on_device(device, np.array([r.anneal for r in owners] + [False] * rest)),
+            on_device(device, np.array(rows, dtype=np.float32)),
+            self.engine.arena["lr_factor"][start:stop],
+        )
 
     def evaluate(self, requests: Sequence[Evaluate]) -> list[dict[str, float] | Exception]:
         """Answer each request: first all of them in their first domain, then in their second."""
@@ -142,32 +114,42 @@ class Wide:
             count = default if windows is None else windows
             text = {d: store.spread(split, d, count) for d in store.domains}
             todo = {i: [d for d in store.domains if d in requests[i].domains] for i in chosen}
-            todo = {i: domains for i, domains in todo.items() if domains}
-            while todo:
-                # A pool that is too short for all windows has fewer of them.
-                width = text[next(iter(todo.values()))[0]].inputs.shape[1]
-                now = {i: d for i, (d, *_) in todo.items() if text[d].inputs.shape[1] == width}
-                found = self._evaluate({requests[i].lane: text[d] for i, d in now.items()})
-                for i, domain in now.items():
-                    answer = answers[i]
-                    assert isinstance(answer, dict)
-                    answer[domain] = found[requests[i].lane]
-                    todo[i] = todo[i][1:]
-                todo = {i: left for i, left in todo.items() if left}
+            # Who has most of them is in front: the calls that come last are about the first lanes.
+            order = sorted(chosen, key=lambda i: (-len(todo[i]), requests[i].lane))
+            for part in _calls([i for i in order if todo[i]]):
+                lanes = [requests[i].lane for i in part]
+                self._area.pack(lanes, width_for(len(lanes)), MEASURED)
+                found = self._evaluate([todo[i] for i in part], text)
+                for i, answer in zip(part, found, strict=True):
+                    answers[i] = answer
         return answers
 
-    def _evaluate(self, text: dict[int, Batch]) -> dict[int, float]:
-        """Measure each lane on its windows [1, B, T], as many for one as for the other."""
-        engine, found = self.engine, dict[int, float]()
-        kinds = {id(batch): batch for batch in text.values()}
-        row = {key: i for i, key in enumerate(kinds)}
-        joined = _join(list(kinds.values()))
-        for low, high in cover(list(text), engine.arena.lanes):
-            rows = [row[id(text[lane])] if lane in text else 0 for lane in range(low, high)]
-            index = torch.tensor(rows, device=engine.arena.device)
-            bits = engine.bits_per_byte(low, high, joined.map(itemgetter(index))).tolist()
-            found |= {lane: bits[lane - low] for lane in range(low, high) if lane in text}
+    def _evaluate(self, todo: list[list[str]], text: dict[str, Batch]) -> list[dict[str, float]]:
+        """Measure each packed lane on its domains in order, in as few calls as the most of them."""
+        found: list[dict[str, float]] = [{} for _ in todo]
+        while any(todo):
+            # A pool that is too short for all windows has fewer of them.
+            size = next(text[domains[0]].inputs.shape[1] for domains in todo if domains)
+            now = {
+                place: domains[0]
+                for place, domains in enumerate(todo)
+                if domains and text[domains[0]].inputs.shape[1] == size
+            }
+            kinds = list(dict.fromkeys(now.values()))
+            joined = _join([text[domain] for domain in kinds])
+            bits = self._measure(joined, {p: kinds.index(domain) for p, domain in now.items()})
+            for place, domain in now.items():
+                found[place][domain] = bits[place]
+            todo = [d[1:] if place in now else d for place, d in enumerate(todo)]
         return found
+
+    def _measure(self, joined: Batch, rows: dict[int, int]) -> list[float]:
+        """Measure packed lanes up to the last of some places, each on its row of a batch."""
+        width, start = width_for(max(rows) + 1), self._area.start
+        index = [rows.get(place, 0) for place in range(width)]
+        batch = joined.map(itemgetter(on_device(self.engine.arena.device, np.array(index))))
+        bits: list[float] = self.engine.bits_per_byte(start, start + width, batch).tolist()
+        return bits
 
     def read(self, requests: Sequence[Read]) -> list[Records]:
         """Answer each request."""
@@ -178,11 +160,11 @@ class Wide:
         arena, lanes = self.engine.arena, [r.lane for r in requests]
         if max(lanes) >= self._keeps:
             raise K1Error(f"lane {max(lanes)} has no row in the store of kept states")
-        index = torch.tensor(lanes, device=arena.device)
-        for name, tensor in arena.state.items():
-            if name not in self._kept:
-                self._kept[name] = torch.empty_like(tensor[: self._keeps])
-            self._kept[name].index_copy_(0, index, tensor.index_select(0, index))
+        index = on_device(arena.device, np.array(lanes))
+        if not self._kept:
+            self._kept = {n: torch.empty_like(t[: self._keeps]) for n, t in arena.state.items()}
+        rows = [tensor.index_select(0, index) for tensor in arena.state.values()]
+        write_rows(self._kept.values(), index, rows)
         return [
             LaneState({n: t[lane] for n, t in self._kept.items()}, arena.trees[lane].copy(), True)
             for lane in lanes
@@ -199,17 +181,14 @@ class Wide:
         return answers
 
     def _score(self, requests: Sequence[Score]) -> dict[int, float]:
-        engine = self.engine
         row: dict[int, int] = {}
         for request in requests:
             for lane in range(request.start, request.stop):
                 row[lane] = len(row)
         joined = _join([request.batch for request in requests])
         found: dict[int, float] = {}
-        for low, high in cover(list(row), engine.arena.lanes):
-            index = torch.tensor([row.get(lane, 0) for lane in range(low, high)])
-            index = index.to(engine.arena.device)
-            batch = joined.map(itemgetter(index))
-            bits = engine.bits_per_byte(low, high, batch).tolist()
-            found |= {lane: bits[lane - low] for lane in range(low, high) if lane in row}
+        for lanes in _calls(sorted(row)):
+            self._area.pack(lanes, width_for(len(lanes)), MEASURED)
+            bits = self._measure(joined, {place: row[lane] for place, lane in enumerate(lanes)})
+            found |= dict(zip(lanes, bits, strict=False))  # what fills up the call comes last
         return found

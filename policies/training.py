@@ -233,7 +233,6 @@ class Training:
             self.display.begin(self.model.num_timesteps, self.plan.steps)
             if self.folder.metrics_lines == 0:
                 self._report({}, self._validate())
-                self.env.vec_env.settle()  # as it is after an update, and after a resume
                 self._save()  # from here on there always is a state to go on from
             longest, saved = 0.0, time.monotonic()
             limit = math.inf if max_minutes is None else 60 * max_minutes
@@ -277,7 +276,6 @@ class Training:
         collected = model.num_timesteps
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         model.train()
-        self.env.vec_env.settle()
         self.update += 1
         ended = self.update % self.plan.eval_every == 0 or model.num_timesteps >= self.plan.steps
         seconds = time.monotonic() - before

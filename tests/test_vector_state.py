@@ -11,6 +11,7 @@ import torch
 
 from k1.data import TextData
 from k1.errors import CheckpointError
+from k1.topology import Topology
 from k1env.instances import InstanceSet, instances, instances_over, sample_instance
 from k1env.settings import Settings
 from k1env.vector import Phase2VectorEnv
@@ -57,21 +58,34 @@ def test_a_snapshot_of_others_is_refused(data: TextData) -> None:
         two.restore(tensors, without)
 
 
-def test_idle_lanes_are_settled_and_no_others(data: TextData) -> None:
-    envs = Phase2VectorEnv(2, config=quick(phase1_steps=0), data=data, device="cpu")
-    envs.reset(seed=0)
-    adds = np.array([envs.actions.index("add under slot 0"), 0])
-    envs.step(adds)
-    first, second = (env.session for env in envs.envs)
-    assert first.shadow_diverged and not second.shadow_diverged
-    arena = first.arena
-    used = (first.main, first.shadow, second.main)
-    before = [arena.hash_lane(lane) for lane in used]
-    arena["weight"][second.shadow] = torch.nan
-    envs.settle()
-    assert [arena.hash_lane(lane) for lane in used] == before
-    idle = [lane for lane in range(arena.lanes) if lane not in used]
-    assert {arena.hash_lane(lane) for lane in idle} == {before[0]} and second.shadow in idle
+def test_a_wide_course_depends_on_nothing_but_the_snapshot(data: TextData) -> None:
+    """To the last bit: what lies in lanes that nobody uses is not even near those that train."""
+    one, two = (
+        Phase2VectorEnv(3, config=quick(), data=data, device="cpu", wide=True) for _ in range(2)
+    )
+    one.reset(seed=0)
+    two.reset(seed=5)
+    delete = [name.startswith("delete") for name in one.actions].index(True)
+    grow = one.actions.index("add under slot 0")
+    one.step([grow, 0, delete])
+    two.step([0, delete, grow])
+    two.restore(*one.snapshot())
+    used = {env.session.main for env in two.envs} | {
+        env.session.shadow for env in two.envs if env.session.shadow_diverged
+    }
+    arena = two.envs[0].session.arena
+    assert len(used) == 4, "a shadow is in use"
+    for lane in set(range(arena.lanes)) - used:
+        arena["weight"][lane] = torch.nan
+        arena.set_tree(lane, Topology.full((1,), arena.trees[0].capacity, 4))
+    for actions in ([0, grow, delete], [delete, 0, 0], [0, 0, 0]):
+        first, second = one.step(actions), two.step(actions)
+        assert np.array_equal(first[1], second[1])
+        for name in first[0]:
+            assert np.array_equal(first[0][name], second[0][name])
+    lanes = [env.session.main for env in one.envs]
+    hashes = [[e.envs[0].session.arena.hash_lane(lane) for lane in lanes] for e in (one, two)]
+    assert hashes[0] == hashes[1]
 
 
 def test_worlds_are_drawn_from_an_own_set(data: TextData) -> None:

@@ -1,9 +1,8 @@
-"""Few wide calls in place of many: kept states, evaluations of all at once, ranges, records."""
+"""Few wide calls in place of many: kept states, evaluations of all at once, records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k1.arena import LaneState
-from k1.engine import Engine
 from k1.errors import K1Error
 from k1.sampling import TokenStore
 from k1.trainer import Trainer
@@ -32,23 +30,9 @@ from k1env.schedule import (
     read_records,
 )
 from k1env.vector import Phase2VectorEnv
-from k1env.wide import WIDEST, Wide, cover
 from tests.conftest import DOMAINS
 from tests.phase2_helpers import quick
-
-
-def lanes_of_all_kinds(make: Any, lanes: int = 6) -> Trainer:
-    """Lanes with different trees, weights, streams and records."""
-    trainer: Trainer = make(lanes=lanes)
-    arena = trainer.arena
-    for lane in range(1, lanes):
-        arena.reset_lane(lane, lane, (1 + lane % 3, 1 + lane % 2))
-    trainer.engine = Engine(arena, trainer.store, lane_chunk=lanes)
-    trainer.engine.train(0, lanes, 2)
-    for lane in range(0, lanes, 2):
-        trainer.engine.train(lane, lane + 1, 1 + lane)
-    return trainer
-
+from tests.wide_helpers import lanes_of_all_kinds, wide
 
 # -- kept states --------------------------------------------------------------------------------
 
@@ -61,7 +45,7 @@ def same_state(state: LaneState, arena: Any, lane: int) -> bool:
 
 def test_a_kept_state_lasts_until_the_same_lane_is_kept_again(make: Any) -> None:
     trainer = lanes_of_all_kinds(make)
-    arena, calls = trainer.arena, Wide(trainer.engine, keeps=4)
+    arena, calls = trainer.arena, wide(trainer, keeps=4)
     hashes = [arena.hash_lane(lane) for lane in range(6)]
     three, one = calls.keep([Keep(3), Keep(1)])
     assert three.lent and same_state(three, arena, 3) and same_state(one, arena, 1)
@@ -137,7 +121,7 @@ def test_evaluations_together_are_those_apart(
         for lane, (domains, split, windows, turned) in asked.items()
     ]
     wanted = Separate(measured.engine).evaluate(requests)
-    found = Wide(measured.engine, keeps=0).evaluate(requests)
+    found = wide(measured).evaluate(requests)
     for request, one, other in zip(requests, wanted, found, strict=True):
         assert isinstance(one, dict) and isinstance(other, dict)
         order = [d for d in measured.store.domains if d in request.domains]
@@ -162,8 +146,9 @@ def test_evaluations_take_few_calls(make: Any, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(trainer.engine, "bits_per_byte", counted)
     requests = [Evaluate(lane, "validation", DOMAINS[: 1 + lane % 3]) for lane in range(6)]
-    Wide(trainer.engine, keeps=0).evaluate(requests)
-    assert spans == [(0, 6)] * 3, "as many as the most domains of one"
+    wide(trainer).evaluate(requests)
+    # As many as the most domains of one, each no wider than what is left asks for.
+    assert spans == [(6, 22), (6, 10), (6, 10)]
 
 
 def test_windows_that_were_cut_once_are_the_same_again(data: Any) -> None:
@@ -179,30 +164,14 @@ def test_windows_that_were_cut_once_are_the_same_again(data: Any) -> None:
                 assert torch.equal(first.domain, other.domain)
 
 
-# -- ranges and records -------------------------------------------------------------------------
-
-
-@given(st.sets(st.integers(0, 4999), min_size=1, max_size=400), st.integers(0, 3000))
-def test_ranges_are_never_too_wide(some: set[int], length: int) -> None:
-    """Thousands of lanes, scattered or in a row."""
-    for lanes, total in ((some, 5000), ({n for n in some if n <= min(some) + length}, 5000),
-                         (set(range(length + 1)), length + 1)):  # fmt: skip
-        ranges = cover(sorted(lanes), total)
-        assert all(0 <= low < high <= total and high - low <= WIDEST for low, high in ranges)
-        assert all(one[1] <= other[0] for one, other in pairwise(ranges))
-        assert lanes <= {lane for low, high in ranges for lane in range(low, high)}
-        assert all(any(low <= lane < high for lane in lanes) for low, high in ranges)
-
-
-def test_a_crowd_is_covered_by_the_widest_ranges() -> None:
-    assert cover(range(600), 600) == [(0, 256), (256, 512), (512, 600)]
+# -- records ------------------------------------------------------------------------------------
 
 
 def test_records_are_those_of_direct_reads(make: Any) -> None:
     trainer = lanes_of_all_kinds(make)
     arena = trainer.arena
     for lanes in ([3], [4, 1], [0, 5, 2, 2], range(6)):
-        found = Wide(trainer.engine, keeps=0).read([Read(lane) for lane in lanes])
+        found = wide(trainer).read([Read(lane) for lane in lanes])
         apart = Separate(trainer.engine).read([Read(lane) for lane in lanes])
         for lane, *both in zip(lanes, found, apart, strict=True):
             for records in both:
