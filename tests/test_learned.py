@@ -117,7 +117,16 @@ def test_what_cannot_be_loaded_is_a_mistake_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_shipped_controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_controller_that_comes_along() -> None:
+    policy = make_policy("ppo", LABELS)
+    assert isinstance(policy, LearnedPolicy)
+    assert sum(file.stat().st_size for file in learned.SHIPPED.iterdir()) < 5_000_000
+    about = learned.load_shipped().about
+    assert about["command"][:2] == ["python", "scripts/train_ppo.py"]
+    assert about["validation"]["worlds"] == 16
+
+
+def test_without_a_controller_that_comes_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(learned, "SHIPPED", tmp_path / "weights")
     with pytest.raises(CheckpointError, match="comes without a trained controller: train one"):
         make_policy("ppo", LABELS)
