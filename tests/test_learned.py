@@ -126,7 +126,9 @@ def test_the_controller_that_comes_along() -> None:
     assert about["validation"]["worlds"] == 16
 
 
-def test_without_a_controller_that_comes_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_controller_that_comes_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(learned, "SHIPPED", tmp_path / "weights")
     with pytest.raises(CheckpointError, match="comes without a trained controller: train one"):
         make_policy("ppo", LABELS)
