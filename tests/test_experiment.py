@@ -76,6 +76,13 @@ def test_methods_run_for_as_many_flops_as_dense(conditions: Conditions):
     assert all(row["curve"][-1][1] == row["bits"]["windows"][-1] for row in rows)
 
 
+def test_cheap_steps_are_limited(conditions: Conditions, monkeypatch: pytest.MonkeyPatch):
+    plan = replace(SHORT, methods=("mixture",), rates=(1e-3,), seeds=1, steps=2)
+    monkeypatch.setattr("k1.experiments.runner.budget", lambda learner, experiment: math.inf)
+    (row,) = run_experiment(plan, conditions, open_rows(plan, conditions, None))
+    assert row["steps"] == [6, 6, 6]
+
+
 def test_a_resumed_experiment_has_the_same_rows_once(conditions: Conditions, tmp_path: Path):
     whole = run_experiment(SHORT, conditions, open_rows(SHORT, conditions, tmp_path / "a"))
     file = tmp_path / "b"

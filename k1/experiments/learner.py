@@ -47,6 +47,9 @@ class Learner:
     and `moving`.
     """
 
+    longest = math.inf
+    """Steps of a phase at most, as a multiple of a dense run's, where equal FLOPs would be more."""
+
     def __init__(
         self,
         method: Method,

@@ -171,7 +171,8 @@ def go_through(
                 matrix[view].append(learner.measure(seen, view))
         total = experiment.steps
         if experiment.equal_flops:
-            total = max(1, round(allowed / learner.step_flops()))
+            most = learner.longest * experiment.steps
+            total = max(1, round(min(allowed / learner.step_flops(), most)))
         done = 0
         for share in (*experiment.checks, 1.0):
             goal = max(done + 1, round(share * total))
