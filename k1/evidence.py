@@ -100,13 +100,28 @@ def levels_evidence(
     pooled = ((parent[:, None] == parent[..., None]).double() @ own).float()
     own = own.float()
     (both, before), (all_both, all_before) = own.split(tokens, 2), pooled.split(tokens, 2)
-    # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
-    prior = (all_both + config.strength / n) / (all_before + config.strength)
-    ratio = (both / prior).add_(config.strength).div_(before + config.strength)
+    ratio = likelihood_ratio(both, before, all_both, all_before, config)
     log_ratio = ratio.log_().unflatten(2, bigram.shape[1:])
     # A product with the mask, not cumsum: documents reset it, and it is reproducible on CUDA.
     total = torch.matmul(log_ratio.transpose(1, 2), mask.transpose(2, 3))
     return list(total.transpose(1, 2).flatten(2).mul_(config.tau).split(widths, dim=1))
+
+
+def likelihood_ratio(
+    both: Tensor, before: Tensor, all_both: Tensor, all_before: Tensor, config: EvidenceConfig
+) -> Tensor:
+    """How much likelier each child's statistics make a token than those of all siblings together.
+
+    Args:
+        both: counts of the bigrams, of each child.
+        before: counts of their first tokens.
+        all_both: the same of all siblings together.
+        all_before: the same of the first tokens.
+        config: strength of smoothing and the number of buckets.
+    """
+    # The pooled estimate is itself smoothed to a constant, which cancels among siblings.
+    prior = (all_both + config.strength / config.buckets) / (all_before + config.strength)
+    return (both / prior).add_(config.strength).div_(before + config.strength)
 
 
 def add_counts(

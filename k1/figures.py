@@ -42,6 +42,7 @@ def save(figure: Figure, path: Path) -> None:
         K1Error: if it cannot be written.
     """
     try:
-        figure.savefig(path)
+        # Without a date, the same picture is the same file.
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
         raise K1Error(f"--plot {path} cannot be written ({error})") from None

@@ -31,6 +31,7 @@ def write_rows(targets: Iterable[Tensor], index: Tensor, sources: Iterable[Tenso
         sources: N rows for each target.
     """
     told = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if told:
         torch.use_deterministic_algorithms(False)
     try:
@@ -38,7 +39,7 @@ def write_rows(targets: Iterable[Tensor], index: Tensor, sources: Iterable[Tenso
             target.index_copy_(0, index, source)
     finally:
         if told:
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 class WorkArea:
@@ -83,15 +84,16 @@ class WorkArea:
         return start, stop
 
     def unpack(self) -> None:
-        """Copy the lanes that were packed last back to where they came from.
+        """Copy the lanes that were packed last back to where they came from, once.
 
         Raises:
-            K1Error: if they were not packed whole.
+            K1Error: if they were not packed whole, or are back already.
         """
         if self._back is None:
-            raise K1Error("only lanes that were packed whole can be copied back")
+            raise K1Error("only lanes that were packed whole can be copied back, and once")
         arena, start, stop = self.arena, self.start, self.start + len(self._lanes)
         tensors = arena.state.values()
         write_rows([t[:start] for t in tensors], self._back, [t[start:stop] for t in tensors])
         for lane, step in zip(self._lanes, arena.host_step[start:stop], strict=True):
             arena.host_step[lane] = step
+        self._back = None

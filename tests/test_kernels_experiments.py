@@ -14,7 +14,10 @@ SIZES = {
     "model": {"embed": 64, "feed_forward": 64, "heads": 2, "context": 16, "spare": 2.0},
     "train": {"batch": 2, "top_k": 3},
 }
-METHODS = ("ewc", "si", "a-gem", "fixed-leaf", "k1-one-counter", "k1-own-grow", "k1-guarded-grow")
+METHODS = (
+    "ewc", "si", "a-gem", "fixed-leaf", "k1-one-counter", "k1-own-grow", "k1-guarded-grow",
+    "k1-versions",
+)  # fmt: skip
 
 
 def go(data: TextData, name: str) -> Learner:

@@ -23,6 +23,8 @@ from k1.experiments.reading import Passages
 from k1.experiments.stream import Views
 from k1.forward import LN2, Batch
 
+Believer = Callable[[Tensor, Passages], Tensor]
+"""Losses [L, D, N] of what is believed in the end, of those of all readers [R, L, D, N]."""
 Reading = Callable[[Batch], Tensor]
 """Losses in nats of all tokens of a batch [L, B, T], reader by reader: [R, L, N]."""
 
@@ -66,12 +68,16 @@ class InferringLearner(Learner, ABC):
         """Bits per byte of whoever is believed: [lanes][domains]."""
         by_domain: dict[str, list[float]] = {domain: [] for domain in self.store.domains}
         for start, stop in cut(0, self.lanes, self.engine.chunk):
-            read = self.reading(start, stop)
             for domain, bits in by_domain.items():
-                bits += self._bits(read, stop - start, texts(views, view, domain))
+                bits += self._bits(start, stop, texts(views, view, domain))
         return self.in_order(by_domain)
 
-    def _bits(self, read: Reading, lanes: int, passages: Passages) -> list[float]:
+    def believer(self, start: int, stop: int) -> Believer:
+        """Who is believed in lanes start..stop: by default whoever has the least loss so far."""
+        return lambda nats, passages: believed(nats, passages.starts.flatten(1).cpu())
+
+    def _bits(self, start: int, stop: int, passages: Passages) -> list[float]:
+        read, lanes = self.reading(start, stop), stop - start
         size, time = self.arena.config.train.batch, passages.inputs.shape[-1]
         windows = [t.flatten(0, 1) for t in (passages.inputs, passages.targets, passages.starts)]
         parts = []
@@ -83,6 +89,6 @@ class InferringLearner(Learner, ABC):
         shape = passages.inputs.shape[0], passages.inputs.shape[1] * time
         nats = torch.cat(parts, 2).cpu().unflatten(2, shape)
         counts = passages.counts.flatten(1).cpu()
-        loss = (believed(nats, passages.starts.flatten(1).cpu()) * counts).sum((1, 2))
+        loss = (self.believer(start, stop)(nats, passages) * counts).sum((1, 2))
         length = (self.store.token_bytes[passages.targets].flatten(1).cpu() * counts).sum()
         return (loss / LN2 / length).tolist()

@@ -25,6 +25,7 @@ from k1.experiments.tree_learners import (
     OneCounterLearner,
     SeparateLearner,
 )
+from k1.experiments.versions import VersionsLearner
 
 Fields = dict[str, dict[str, Any]]
 """Fields of a configuration's sections that are set."""
@@ -86,8 +87,10 @@ def _k1(router: str) -> Fields:
     return _sections(PATH, _router(router))
 
 
-FULL = _sections(_k1("evidence"), WHOLE, {"evidence": {"tau": 1.0}})
-"""Full paths, and evidence that a few tokens decide by."""
+SHARP: Fields = {"evidence": {"tau": 1.0}}
+"""Evidence that a few tokens decide by."""
+FULL = _sections(_k1("evidence"), WHOLE, SHARP)
+"""Full paths, and such evidence."""
 SOFT: Fields = {"evidence": {"tau": 0.05}}
 
 BASELINES = (
@@ -112,6 +115,10 @@ BASELINES = (
     Method("progressive",
            "a dense tree for each domain, fed by earlier ones, found again by the loss so far",
            DENSE, learner=ProgressiveLearner),
+    Method("dense-versions", "dense; a version of all for each domain, found again by bigrams",
+           _sections(DENSE, SHARP), learner=VersionsLearner),
+    Method("separate-versions", "a fresh dense tree for each domain, found again by bigrams",
+           _sections(DENSE, SHARP), learner=VersionsLearner, options={"fresh": True}),
     Method("mixture",
            "a flat top-1 mixture of experts of as many parameters; three times the steps at most",
            DENSE, learner=MixtureLearner),
@@ -144,6 +151,14 @@ TRACED = (
            later=_sections(FROZEN, ALL_OPEN), learner=GrownLearner, options={"own_only": True}),
     Method("k1-own-grow-soft", "k1-own-grow with tau 0.05", _sections(FULL, SOFT),
            later=_sections(FROZEN, ALL_OPEN), learner=GrownLearner, options={"own_only": True}),
+    Method("k1-versions",
+           "k1-full-path, later domains on one traced path; what each moves is kept apart as a "
+           "version, found again by bigrams",
+           FULL, learner=VersionsLearner, options={"traced": 16}),
+    Method("k1-versions-free", "k1-versions where every step finds its path", FULL,
+           learner=VersionsLearner),
+    Method("k1-versions-loss", "k1-versions, found again by the loss so far", FULL,
+           learner=VersionsLearner, options={"traced": 16, "by_loss": True}),
     Method("k1-guarded-grow",
            "k1-own-grow where root and shared part move too, tied by importance", FULL,
            later=ALL_OPEN, learner=GuardedLearner, strengths=(1e1, 1e2, 1e3)),

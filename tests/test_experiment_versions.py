@@ -1,0 +1,127 @@
+"""Versions of what has moved: nothing is overwritten, and text finds its own by Bayes' rule."""
+
+import math
+
+import pytest
+import torch
+
+from k1.attribution import responsibilities
+from k1.experiments.learner import Learner
+from k1.experiments.stream import views
+from k1.experiments.tree_learners import MaskedEngine
+from k1.experiments.versions import VersionsLearner, posterior
+from tests.experiment_helpers import Build, go, rows_of
+from tests.reference import same_bits
+
+STEPS = 12
+
+
+@pytest.fixture
+def learn(data) -> Build:
+    return Build(data)
+
+
+# -- who is believed -----------------------------------------------------------------------------
+
+
+def test_the_posterior_is_that_of_bayes_rule_document_by_document():
+    generator = torch.Generator().manual_seed(0)
+    ratios = torch.randn(3, 2, 4, 9, generator=generator, dtype=torch.float64)
+    starts = torch.rand(4, 9, generator=generator) < 0.2
+    valid = ~starts & (torch.arange(9) > 0)
+    found = posterior(ratios, valid, starts, tau=0.5)
+    for lane in range(2):
+        for text in range(4):
+            odds = [1.0] * 3
+            for t in range(9):
+                if starts[text, t]:
+                    odds = [1.0] * 3
+                if valid[text, t]:
+                    now = ratios[:, lane, text, t].tolist()
+                    odds = [o * math.exp(0.5 * x) for o, x in zip(odds, now, strict=True)]
+                expected = [o / sum(odds) for o in odds]
+                assert found[:, lane, text, t].exp().tolist() == pytest.approx(expected)
+
+
+def test_alike_versions_are_mixed_evenly(learn):
+    learner = go(learn("k1-versions"), 2, STEPS)
+    learner.counts[1] = learner.counts[0]
+    passages = views(learner.store, "validation", 6, 3).passages["alpha"]
+    texts, windows, time = passages.inputs.shape
+    nats = torch.rand(2, 1, texts, windows * time, generator=torch.Generator().manual_seed(0))
+    mixed = learner.believer(0, 1)(nats, passages)
+    assert torch.allclose(mixed, -nats.double().neg().exp().mean(0).log())
+
+
+def test_text_finds_its_version(learn):
+    learner = go(learn("k1-versions"), 2, STEPS)
+    seen = views(learner.store, "validation", 6, 3)
+    right = [learner.measure(seen, view)[0] for view in ("windows", "passages")]
+    learner.counts.reverse()  # each is taken for the other
+    wrong = [learner.measure(seen, view)[0] for view in ("windows", "passages")]
+    for found, mistaken in zip(right, wrong, strict=True):
+        assert sum(found[:2]) < sum(mistaken[:2])
+
+
+# -- nothing is overwritten ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["k1-versions", "k1-versions-free", "dense-versions"])
+def test_earlier_versions_stay_as_they_were(learn, name):
+    learner = learn(name, runs=2)
+    batch = learner.store.spread("validation", "beta", 4)
+    wanted = []
+    for phase in range(3):
+        learner.begin(phase)
+        learner.train(0, STEPS, STEPS)
+        learner.end()
+        with torch.no_grad():
+            found = learner.reading(0, 2)(batch.map(lambda t: t.expand(2, -1, *t.shape[2:])))
+        assert len(found) == phase + 1
+        for version, losses in enumerate(wanted):
+            assert same_bits(found[version], losses)
+        assert not torch.equal(found[-1], found[0]) or not phase
+        wanted = list(found)
+
+
+def test_a_later_domain_moves_one_path_and_what_all_share(learn):
+    learner = go(learn("k1-versions"), 1, STEPS)
+    tree = learner.arena.trees[0]
+    before, shared = rows_of(learner), learner.arena["shared"].clone()
+    learner.begin(1)
+    assert isinstance(learner.engine, MaskedEngine)
+    learner.train(0, STEPS, STEPS)
+    learner.end()
+    moved = {slot for slot, row in rows_of(learner).items() if not same_bits(row, before[slot])}
+    leaves = [slot for slot in moved if tree.is_leaf(slot)]
+    assert len(leaves) == 1 and moved == {0, *tree.path(leaves[0])}
+    assert not torch.equal(learner.arena["shared"], shared)
+    a = learner.arena
+    grown = len(moved) * a.block_layout.total + a.shared_layout.total
+    assert learner.parameters(0) == Learner.parameters(learner, 0) + grown
+
+
+def test_the_path_is_the_one_that_answers_for_the_new_text(learn):
+    learner = go(learn("k1-versions"), 1, STEPS)
+    learner.traced = 1
+    learner.begin(1)
+    (batch, text), tree = learner._draw(0, 1, 0), learner.arena.trees[0]
+    levels = learner.arena.index(0, 1)
+    _, grads, _, _ = learner.engine.gradients(0, 1, batch, text)
+    norms = responsibilities(grads, levels, learner.arena.scratch + 1)[0]
+    place, expected = 0, [0]
+    while not tree.is_leaf(place):
+        place = max(tree.children(place), key=lambda slot: float(norms[slot]))
+        expected.append(place)
+    assert learner.engine.open[0].nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_separate_versions_begin_fresh_and_are_counted_whole(learn):
+    learner = go(learn("separate-versions"), 1, STEPS)
+    first = rows_of(learner)
+    learner.begin(1)
+    assert not same_bits(rows_of(learner)[1], first[1])
+    learner.train(0, STEPS, STEPS)
+    learner.end()
+    assert learner.parameters(0) == 2 * Learner.parameters(learner, 0)
+    assert isinstance(learner, VersionsLearner) and len(learner.kept) == 2
