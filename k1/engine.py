@@ -201,7 +201,8 @@ class Engine:
         weights = replace(
             weights,
             levels=[as_leaf(w) for w in weights.levels],
-            shared=as_leaf(weights.shared) if shared else weights.shared,
+            # No view either way: its version would count other lanes' updates (see `as_leaf`).
+            shared=as_leaf(weights.shared) if shared else weights.shared.data,
         )
         levels, router = a.index(start, stop), router or a.router(start, stop)
         done = forward(weights, router, levels, batch, text, a.config)

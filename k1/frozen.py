@@ -27,7 +27,7 @@ class Known:
     """Blocks of a level that need not run."""
 
     at: Tensor
-    """int64 [blocks]: their places in the flattened level."""
+    """int64 [blocks]: their places in the flattened level, ascending."""
     y: Tensor
     """[blocks, N, d]: their outputs."""
 
