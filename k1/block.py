@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Numbers in each piece."""
         return [math.prod(shape) for shape in self.shapes]
@@ -62,7 +63,7 @@ class Layout:
         pieces = rows.split(self.sizes, dim=-1)
         lead = rows.shape[:-1]
         return {
-            name: piece.unflatten(-1, shape) if len(shape) > 1 else piece.view(*lead, *shape)
+            name: piece.view(*lead, *shape) if len(shape) > 1 else piece
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
         }
 
@@ -128,6 +129,12 @@ def fused_attention(qkv: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(sequences, time, d)
 
 
+@lru_cache(maxsize=16)
+def causal_mask(time: int, dtype: torch.dtype) -> Tensor:
+    """On a CPU, -inf above the diagonal: [time, time]; the same tensor every time."""
+    return torch.full((time, time), -torch.inf, dtype=dtype).triu(1)
+
+
 def by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of each head [sequences, time, embed / heads], where they lie."""
     pieces = qkv.split(qkv.shape[-1] // (3 * heads), dim=-1)
@@ -162,10 +169,12 @@ def _attention_backward(qkv: Tensor, weights: Iterable[Tensor], grad: Tensor, he
     for (q, k, v), weight, out in parts:
         by_weight = torch.bmm(out, v.transpose(1, 2))
         scores = torch._softmax_backward_data(by_weight, weight, -1, weight.dtype)
-        by_q.append(torch.bmm(scores, k).mul_(width**-0.5))
-        by_k.append(torch.bmm(scores.transpose(1, 2), q).mul_(width**-0.5))
+        by_q.append(torch.bmm(scores, k))
+        by_k.append(torch.bmm(scores.transpose(1, 2), q))
         by_v.append(torch.bmm(weight.transpose(1, 2), out))
-    return torch.cat([*by_q, *by_k, *by_v], dim=-1)
+    by_qkv = torch.cat([*by_q, *by_k, *by_v], dim=-1)
+    by_qkv[..., : 2 * grad.shape[-1]].mul_(width**-0.5)
+    return by_qkv
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,7 @@ def run_keeping(p: Folded, x: Tensor, heads: int, y: Tensor) -> list[Tensor]:
     x, y = (t.reshape(blocks, batch * time, d) for t in (x, y))
     normed, *moments = norm_keeping(x)
     qkv = torch.baddbmm(p.qkv_bias[:, None], normed, p.qkv).view(blocks * batch, time, 3 * d)
-    mask = torch.full((time, time), -torch.inf, dtype=x.dtype).triu(1)
+    mask = causal_mask(time, x.dtype)
     weights = [x.new_empty(blocks * batch, time, time) for _ in range(heads)]
     a = x.new_empty(blocks, batch * time, d)
     attend(qkv, heads, mask, weights, a.view(blocks * batch, time, d))

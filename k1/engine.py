@@ -183,26 +183,34 @@ class Engine:
         return result
 
     def gradients(
-        self, start: int, stop: int, batch: Batch, text: Text, router: RouterState | None = None
+        self,
+        start: int,
+        stop: int,
+        batch: Batch,
+        text: Text,
+        router: RouterState | None = None,
+        shared: bool = True,
     ) -> tuple[Tensor, list[Tensor], Tensor, Activations]:
         """Run a full backward pass: loss [L], gradients [L, W, P] by level and [L, Q], values.
 
-        The routing is that of a document's beginning, or begins with a given state.
+        The routing is that of a document's beginning, or begins with a given state. Without
+        `shared`, the gradient of the shared part is left out: zeros.
         """
         a = self.arena
         weights = a.weights(start, stop)
         weights = replace(
             weights,
             levels=[as_leaf(w) for w in weights.levels],
-            shared=as_leaf(weights.shared),
+            # No view either way: its version would count other lanes' updates (see `as_leaf`).
+            shared=as_leaf(weights.shared) if shared else weights.shared.data,
         )
         levels, router = a.index(start, stop), router or a.router(start, stop)
         done = forward(weights, router, levels, batch, text, a.config)
         loss = lane_loss(weights, done.output, batch)
-        grads = torch.autograd.grad(
-            loss.sum(), [*weights.levels, weights.shared], allow_unused=True, materialize_grads=True
-        )
-        return loss.detach(), list(grads[:-1]), grads[-1], done
+        wanted = [*weights.levels, weights.shared] if shared else weights.levels
+        grads = torch.autograd.grad(loss.sum(), wanted, allow_unused=True, materialize_grads=True)
+        by_shared = grads[-1] if shared else torch.zeros_like(weights.shared)
+        return loss.detach(), list(grads[: len(levels)]), by_shared, done
 
     def _all_gradients(self, start: int, stop: int, batch: Batch, text: Text) -> FullGradients:
         """Run a full backward pass."""
@@ -227,7 +235,8 @@ class Engine:
     def _probe(self, start: int, stop: int, batch: Batch, text: Text) -> Tensor:
         """Measure each block's responsibility: [L, S]."""
         if not self.backend.fused:
-            return self._all_gradients(start, stop, batch, text).measured
+            grads = self.gradients(start, stop, batch, text, shared=False)[1]
+            return responsibilities(grads, self.arena.index(start, stop), self.arena.scratch + 1)
         from k1.kernels.tree import TreePass, all_blocks
 
         forest = self.arena.forest(start, stop)

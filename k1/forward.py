@@ -269,11 +269,14 @@ def _run_levels(
     for index in levels:
         own, norm = pieces[index.level], None
         if frozen:
-            inputs = above.flatten(0, 1)
-            norm = plain_norm(inputs)
-            source = flat_index(index.parent, above.shape[1])
             there = known[index.level] if known else None
-            y = run_frozen(fold(own, x.dtype), inputs, norm, source, time, heads, there)
+            if there is not None and len(there.at) == len(index.row):
+                y = there.y
+            else:
+                inputs = above.flatten(0, 1)
+                norm = plain_norm(inputs)
+                source = flat_index(index.parent, above.shape[1])
+                y = run_frozen(fold(own, x.dtype), inputs, norm, source, time, heads, there)
             above = y.view(-1, index.width, *y.shape[1:])
         elif alone:
             above = run_alone(own, above, index, time, heads)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k1.block import Folded, by_head
+from k1.block import Folded, by_head, causal_mask
 
 _CACHE_BYTES = 2**21
 """Size of the largest intermediate value of the blocks that run together."""
@@ -26,7 +27,7 @@ class Known:
     """Blocks of a level that need not run."""
 
     at: Tensor
-    """int64 [blocks]: their places in the flattened level."""
+    """int64 [blocks]: their places in the flattened level, ascending."""
     y: Tensor
     """[blocks, N, d]: their outputs."""
 
@@ -34,7 +35,12 @@ class Known:
 def plain_norm(x: Tensor) -> Tensor:
     """Layer norm without gain and shift: with ones and zeros torch takes a faster way to it."""
     width = x.shape[-1]
-    return F.layer_norm(x, (width,), x.new_ones(width), x.new_zeros(width))
+    return F.layer_norm(x, (width,), *_ones_and_zeros(width, x.dtype))
+
+
+@lru_cache(maxsize=16)
+def _ones_and_zeros(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
 
 
 def run_frozen(
@@ -71,7 +77,7 @@ def run_frozen(
     # What is no longer needed makes room for what comes next while the cache still holds it.
     narrow, wide = above.new_empty(step * tokens * d), above.new_empty(step * tokens * widest)
     scores = above.new_empty(step * tokens * time)
-    mask = torch.full((time, time), -torch.inf, dtype=above.dtype).triu(1)
+    mask = causal_mask(time, above.dtype)
     for some in _runs(blocks, done, step):
         n, w = some.stop - some.start, p.cut(some.start, some.stop)
         source, out = parent[some], y[some]

@@ -152,8 +152,9 @@ def sibling_softmax(
     logits = prior.flatten(0, 1).index_select(0, index).view(lanes, width, ranks, -1)
     if learned is not None:
         logits = logits + learned[:, :, :ranks]
-    lowest = torch.finfo(logits.dtype).min
-    logits = logits.masked_fill(~parent.has_child[..., None], lowest)
+    if parent.full_ranks < ranks:
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~parent.has_child[..., None], lowest)
     by_parent = torch.softmax(logits, dim=2)
     column = flat_index(child.parent * ranks + child.rank, width * ranks)
     by_child = by_parent.flatten(0, 2).index_select(0, column).view(lanes, child.width, -1)

@@ -53,6 +53,7 @@ class Update:
         self._arena, self._lanes, self._selection = arena, slice(start, stop), selection
         self._sharers = sharers
         self._fine = torch.ones(stop - start, dtype=torch.bool, device=arena.device)
+        self._rate = learning_rate(arena, self._lanes)
 
     def full(self, full: FullGradients) -> Tensor:
         """Move what is selected by the gradients of all blocks.
@@ -100,10 +101,6 @@ class Update:
         self._fine = self._fine & torch.isfinite(squares)
         return clip_factor(squares, config.optimizer.clip)
 
-    def _rate(self) -> Tensor:
-        """Learning rate [L] of this step at displacement scale 1."""
-        return learning_rate(self._arena, self._lanes)
-
     def _by_lane(self, row: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         """Sum values [M] of those arena rows that have a displacement [L, S], by lane: [L]."""
         lane = torch.arange(len(scale), device=row.device)
@@ -121,7 +118,7 @@ class Update:
             factor: of the gradients [L].
         """
         lane, scale = row // (self._arena.scratch + 1), scale.flatten()[row]
-        on, rate = (scale > 0) & self._fine[lane], self._rate()[lane] * scale
+        on, rate = (scale > 0) & self._fine[lane], self._rate[lane] * scale
         state = [self._arena[name][self._lanes].flatten(0, 1) for name in ROWS]
         weight, first, second, count = state
         old = Rows(weight[row], first[row], second[row], count[row])
@@ -135,7 +132,7 @@ class Update:
         on = self._fine & (scale > 0)
         if self._sharers is not None:
             on = on & self._sharers
-        old, rate = Rows(*state), self._rate() * scale
+        old, rate = Rows(*state), self._rate * scale
         new = adamw(old, grad * factor[:, None], rate, on, self._arena.config.optimizer)
         for target, value in zip(state, vars(new).values(), strict=True):
             target.copy_(value)
