@@ -18,7 +18,7 @@ from k1.flops import step_flops
 from k1.sampling import TokenStore
 
 if TYPE_CHECKING:
-    from k1.experiments.methods import Method
+    from k1.experiments.method import Method
 
 RISE = 0.05
 """Share of a phase in which the learning rate rises."""

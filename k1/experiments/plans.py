@@ -8,8 +8,10 @@ from typing import Any
 
 from k1.config import Config
 from k1.errors import ConfigError
+from k1.experiments.ablations import ABLATIONS
 from k1.experiments.learner import Run
-from k1.experiments.methods import BASELINES, METHODS, Fields, Method
+from k1.experiments.method import Fields, Method
+from k1.experiments.methods import BASELINES, TRACED
 from k1.experiments.stream import Order
 
 RATES = (4e-4, 1e-3, 2.5e-3)
@@ -101,7 +103,7 @@ EXPERIMENTS = (
     Experiment(
         "main",
         "all methods, all orders in turn, swept over learning rates; for a GPU",
-        tuple(METHODS),
+        tuple(method.name for method in (*BASELINES, *TRACED)),
         sections=_BIG,
         seeds=10,
     ),
@@ -115,8 +117,16 @@ EXPERIMENTS = (
     Experiment(
         "parts",
         "what each part of K-1 does: percentages, freezing, growth, threshold, counters; for a GPU",
-        ("dense", *(name for name in METHODS if name.startswith("k1-"))),
+        ("dense", *(method.name for method in TRACED)),
         sections=_BIG,
+        seeds=3,
+    ),
+    Experiment(
+        "ablations",
+        "versions with one thing changed: top_k, trees, percentages, evidence, paths; for a GPU",
+        ("k1-versions", "k1-versions-free", *(method.name for method in ABLATIONS)),
+        sections=_BIG,
+        rates=(2.5e-3,),
         seeds=3,
     ),
 )  # fmt: skip

@@ -17,7 +17,8 @@ from k1.data import TextData
 from k1.durable import canonical_json
 from k1.errors import K1Error
 from k1.experiments.learner import VIEWS, Learner, Run
-from k1.experiments.methods import Method, choose_methods
+from k1.experiments.method import Method
+from k1.experiments.methods import choose_methods
 from k1.experiments.plans import Experiment
 from k1.experiments.stream import Views, orders_of, stream_domains, views
 from k1.flops import step_flops
