@@ -49,7 +49,8 @@ class Plan:
     """What is measured, and for how long."""
 
     settings: Settings
-    """Sizes, interval and trials of the environments; their worlds are the train worlds."""
+    """Sizes, interval and trials of the environments. All are in the default world: in worlds of
+    their own, trees differ in size, and many would have more to do each than one."""
     data: TextData
     device: torch.device
     lanes: tuple[int, ...]
@@ -178,7 +179,7 @@ def sides(plan: Plan, say: Callable[[str], None]) -> dict[str, Side]:
     """Build what is compared."""
     from k1env.sb3 import SB3VecEnv
 
-    worlds: dict[str, Any] = {"config": plan.settings, "data": plan.data, "instance": "train"}
+    worlds: dict[str, Any] = {"config": plan.settings, "data": plan.data}
     model = partial(_algorithm, device=plan.device.type)
     made: dict[str, Side] = {}
     venv: VecEnv

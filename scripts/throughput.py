@@ -62,10 +62,7 @@ def main(arguments: Arguments) -> int:
     from k1env.setup import set_up
     from policies.throughput import Plan, markdown, measure, table
 
-    setup = set_up(
-        arguments.preset, data=None, config=None, start=None, device=device.type,
-        instance="train",
-    )  # fmt: skip
+    setup = set_up(arguments.preset, data=None, config=None, start=None, device=device.type)
     processes = arguments.processes
     plan = Plan(
         settings=Settings.preset(arguments.preset),
@@ -89,7 +86,7 @@ def main(arguments: Arguments) -> int:
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
         "about": f"preset {arguments.preset}, {plan.settings.interval} training steps for each "
-        f"environment step, train worlds, {os.cpu_count()} CPU cores",
+        f"environment step, {os.cpu_count()} CPU cores",
         "rounds": arguments.rounds,
         "records": measure(plan, say),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
