@@ -132,7 +132,8 @@ def fused_attention(qkv: Tensor, heads: int) -> Tensor:
 @lru_cache(maxsize=16)
 def causal_mask(time: int, dtype: torch.dtype) -> Tensor:
     """On a CPU, -inf above the diagonal: [time, time]; the same tensor every time."""
-    return torch.full((time, time), -torch.inf, dtype=dtype).triu(1)
+    with torch.inference_mode(False):  # whoever asks first, it is good for gradients later
+        return torch.full((time, time), -torch.inf, dtype=dtype).triu(1)
 
 
 def by_head(qkv: Tensor, heads: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

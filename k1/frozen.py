@@ -40,7 +40,8 @@ def plain_norm(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _ones_and_zeros(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    with torch.inference_mode(False):  # whoever asks first, they are good for gradients later
+        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
 
 
 def run_frozen(

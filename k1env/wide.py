@@ -3,7 +3,7 @@
 On a GPU a step of one lane takes nearly as long as a step of many, and each range of lanes that is
 trained is recorded as a graph of its own, which takes as long as hundreds of steps. So the lanes
 that wait for the same thing are copied side by side into a work area, whichever they are, and what
-they come to is copied back. Both copies together take about as long as one more step.
+they come to is copied back.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from k1.block import causal_mask
 from k1.forward import Batch, read_text
+from k1.frozen import _ones_and_zeros
 from k1.path import PathPass, index_paths
 from k1.path_cpu import CpuPathPass
 from tests.reference import make_ragged, next_batch, select, shake
@@ -50,3 +52,9 @@ def test_the_same_as_by_torchs_graph(make, router, precision, bound):
         # The next turn starts from culprits that have moved.
         trainer.arena["weight"][0, trainer.tree.slot_of(8)] *= 1.1
         trainer.arena["weight"][:, trainer.tree.slot_of(3)] *= 0.9
+
+
+def test_what_is_made_once_is_good_for_gradients():
+    with torch.inference_mode():
+        made = [causal_mask(5, torch.float32), *_ones_and_zeros(7, torch.float32)]
+    assert not any(tensor.is_inference() for tensor in made)

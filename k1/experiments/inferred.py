@@ -12,16 +12,18 @@ Shapes: R readers, L lanes, D texts, K windows of each, T tokens in a window, N 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from k1.chunks import cut
+from k1.engine import Engine
 from k1.experiments.learner import Learner
 from k1.experiments.reading import Passages
 from k1.experiments.stream import Views
-from k1.forward import LN2, Batch
+from k1.forward import LN2, Batch, Forest, token_losses
+from k1.measure import outputs
 
 Believer = Callable[[Tensor, Passages], Tensor]
 """Losses [L, D, N] of what is believed in the end, of those of all readers [R, L, D, N]."""
@@ -45,6 +47,20 @@ def believed(nats: Tensor, starts: Tensor) -> Tensor:
     begun = torch.where(starts, at, 0).cummax(-1).values.expand(nats.shape)
     choice = (before - before.gather(-1, begun)).argmin(0, keepdim=True)
     return nats.gather(0, choice)[0]
+
+
+def reading_of(engine: Engine, forests: Sequence[Forest]) -> Reading:
+    """Read with several trees of the same lanes."""
+    heads = [forest.shared_layout.unpack(forest.shared) for forest in forests]
+
+    def read(batch: Batch) -> Tensor:
+        found = [
+            token_losses(head, outputs(engine, forest, batch), batch.targets)
+            for forest, head in zip(forests, heads, strict=True)
+        ]
+        return torch.stack(found)
+
+    return read
 
 
 def texts(views: Views, view: str, domain: str) -> Passages:

@@ -21,9 +21,8 @@ from k1.arena import Arena
 from k1.block import Layout
 from k1.engine import Engine
 from k1.experiments.constrained import ConstrainedEngine, Parts
-from k1.experiments.inferred import InferringLearner, Reading
-from k1.forward import Batch, Forest, Text, token_losses
-from k1.measure import outputs
+from k1.experiments.inferred import InferringLearner, Reading, reading_of
+from k1.forward import Batch, Forest, Text
 from k1.records import StepResult
 from k1.sampling import TokenStore
 
@@ -169,16 +168,7 @@ class PackNetLearner(InferringLearner):
     def reading(self, start: int, stop: int) -> Reading:
         """Read with the mask of each domain so far."""
         forests = [self.masked(start, stop, phase) for phase in range(self.phase + 1)]
-        heads = [forest.shared_layout.unpack(forest.shared) for forest in forests]
-
-        def read(batch: Batch) -> Tensor:
-            found = [
-                token_losses(head, outputs(self.engine, forest, batch), batch.targets)
-                for forest, head in zip(forests, heads, strict=True)
-            ]
-            return torch.stack(found)
-
-        return read
+        return reading_of(self.engine, forests)
 
     def moving(self, lane: int) -> float:
         """Share of the living parameters that are open."""

@@ -23,13 +23,12 @@ from torch import Tensor
 from k1.chunks import cut
 from k1.engine import Engine
 from k1.evidence import UNIT, add_counts, hash_bigrams, likelihood_ratio
-from k1.experiments.inferred import Believer, InferringLearner, Reading
+from k1.experiments.inferred import Believer, InferringLearner, Reading, reading_of
 from k1.experiments.learner import Learner
 from k1.experiments.reading import Passages
 from k1.experiments.tree_learners import MaskedEngine
 from k1.flops import step_flops
-from k1.forward import Batch, Forest, RouterState, Text, token_losses
-from k1.measure import outputs
+from k1.forward import Batch, Forest, RouterState, Text
 from k1.rng import derive_seed
 from k1.sampling import draw_windows
 
@@ -106,7 +105,6 @@ class VersionsLearner(InferringLearner):
                 self.fresh(lane)
         super().begin(phase)
         self._updates = self.arena["updates"].clone()
-        del self.counts[phase:]
         self.counts.append(self._count())
 
     def make_engine(self) -> Engine:
@@ -136,7 +134,6 @@ class VersionsLearner(InferringLearner):
     def end(self) -> None:
         """Keep what the domain has moved."""
         a = self.arena
-        del self.kept[self.phase :], self._sizes[self.phase :]
         self.kept.append(_version(a.forest(0, self.lanes), torch.clone))
         blocks = (a["updates"] > self._updates).sum(1).tolist()
         each, common = a.block_layout.total, a.shared_layout.total
@@ -179,17 +176,7 @@ class VersionsLearner(InferringLearner):
 
     def reading(self, start: int, stop: int) -> Reading:
         """Read with each version."""
-        versions = self.versions(start, stop)
-        heads = [version.shared_layout.unpack(version.shared) for version in versions]
-
-        def read(batch: Batch) -> Tensor:
-            found = [
-                token_losses(head, outputs(self.engine, version, batch), batch.targets)
-                for version, head in zip(versions, heads, strict=True)
-            ]
-            return torch.stack(found)
-
-        return read
+        return reading_of(self.engine, self.versions(start, stop))
 
     def believer(self, start: int, stop: int) -> Believer:
         """Mix what the versions say, each by its posterior probability."""
