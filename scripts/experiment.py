@@ -6,15 +6,16 @@ python scripts/experiment.py pilot --data DIR --results pilot.jsonl
 from __future__ import annotations
 
 import math
-import re
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from k1.cli import optional, run
+
+if TYPE_CHECKING:
+    from k1.experiments.page import Results
 
 
 @dataclass(frozen=True)
@@ -57,52 +58,68 @@ class Arguments:
     """Draw frontiers and anytime curves; needs the extra viz."""
     markdown: Annotated[Path | None, optional("FILE")] = None
     """Write the page of results, such as docs/results.md."""
+    from_: Annotated[
+        Path | None, tyro.conf.arg(name="from", metavar="FILE", help_behavior_hint="")
+    ] = None
+    """Make no runs: report these results, and the frontiers of those in --tuned."""
 
 
 def main(arguments: Arguments) -> int:
     """Make the missing runs, print the tables, write the page."""
+    from k1.cli import check_outputs
+    from k1.figures import check_plot
+
+    if arguments.list:
+        return list_all()
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
+    check_outputs(arguments.results, arguments.markdown, arguments.plot)
+
+    from k1.experiments.page import read_results
+
+    if arguments.from_ is None:
+        return report(arguments, make_runs(arguments), None)
+    sweep = None if arguments.tuned is None else read_results(arguments.tuned)
+    return report(arguments, read_results(arguments.from_), sweep)
+
+
+def list_all() -> int:
+    """Print the experiments and methods."""
+    from k1.experiments.methods import METHODS
+    from k1.experiments.plans import EXPERIMENTS
+    from k1.tables import Table, console
+
+    for title, entries in (("experiment", EXPERIMENTS), ("method", METHODS.values())):
+        told = [(entry.name, entry.what) for entry in entries]
+        console().print(Table("", (title, "what"), told, numbers=False).shown())
+    return 0
+
+
+def make_runs(arguments: Arguments) -> Results:
+    """Make the runs that are missing, as long as there is time."""
     import time
 
-    from k1.cli import check_outputs, prepare_torch
+    from k1.cli import prepare_torch
     from k1.errors import K1Error
-    from k1.figures import check_plot
-    from k1.tables import Table, console
+    from k1.tables import console
     from k1.trainer import pick_device
 
-    page = console()
-    if arguments.list:
-        from k1.experiments.methods import METHODS
-        from k1.experiments.plans import EXPERIMENTS
-
-        for title, entries in (("experiment", EXPERIMENTS), ("method", METHODS.values())):
-            told = [(entry.name, entry.what) for entry in entries]
-            page.print(Table("", (title, "what"), told, numbers=False).shown())
-        return 0
     if arguments.test and arguments.tuned is None:
         raise K1Error("the test pool is for settings that are chosen: give --tuned FILE")
     minutes = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not minutes > 0 or arguments.lanes < 1:
         raise K1Error("--max-minutes and --lanes are more than 0: leave them out, or give more")
-    if arguments.plot is not None:
-        check_plot(arguments.plot)
-    check_outputs(arguments.results, arguments.markdown, arguments.plot)
     device = pick_device(arguments.device).type
     prepare_torch(device)
 
-    import platform
-
-    import torch
-
     from k1.data import load_data
-    from k1.durable import write_atomically
-    from k1.experiments.methods import METHODS, choose_methods
-    from k1.experiments.pictures import plot
+    from k1.experiments.methods import choose_methods
+    from k1.experiments.page import Results
     from k1.experiments.plans import choose_experiment
-    from k1.experiments.report import markdown, tables
     from k1.experiments.runner import Conditions, open_rows, run_experiment
     from k1.experiments.tuning import read_tuned
 
-    began = time.monotonic()
+    began, page = time.monotonic(), console()
     experiment = choose_experiment(
         "ci" if arguments.quick else arguments.name,
         methods=arguments.methods and tuple(arguments.methods.split(",")),
@@ -115,14 +132,7 @@ def main(arguments: Arguments) -> int:
     chosen = None
     if arguments.tuned is not None:
         chosen = read_tuned(arguments.tuned, experiment)
-        experiment = choose_experiment(
-            experiment.name,
-            methods=experiment.methods,
-            rates=tuple(sorted({lr for lr, _ in chosen.values()})),
-            orders=experiment.orders,
-            seeds=experiment.seeds,
-            steps=experiment.steps,
-        )
+        experiment = replace(experiment, rates=tuple(sorted({lr for lr, _ in chosen.values()})))
     data = load_data(experiment.config(arguments.data).data)
     page.print(data.describe(), highlight=False)
     conditions = Conditions(
@@ -136,27 +146,26 @@ def main(arguments: Arguments) -> int:
         say=lambda line: page.print(line, highlight=False),
     )
     file = open_rows(experiment, conditions, arguments.results)
-    rows = run_experiment(experiment, conditions, file)
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    command = " ".join(["python", *sys.argv])
-    command = re.sub(r"--(results|markdown|plot|tuned|data)[ =]\S+", r"--\1 ...", command)
-    about = [
-        f"Command: `{command}`, {time.monotonic() - began:.0f} s in this call.",
-        f"Device: {device} ({processor}); PyTorch {torch.__version__}.",
-        f"{len(rows)} runs of {experiment.name} ({experiment.what}), measured on the "
-        f"{conditions.pool} pool; a dense run has {experiment.steps} steps in each phase, others "
-        "use as many FLOPs.",
-        "Mean over runs ± half a 95 % t-interval.",
-    ]
-    for table in tables(rows, arguments.reference):
+    return Results(file.head, run_experiment(experiment, conditions, file))
+
+
+def report(arguments: Arguments, results: Results, sweep: Results | None) -> int:
+    """Print the tables, and write what is asked for."""
+    from k1.durable import write_atomically
+    from k1.experiments.page import how_made, markdown
+    from k1.experiments.pictures import plot
+    from k1.experiments.report import tables
+    from k1.tables import console
+
+    page = console()
+    for table in tables(results.rows, arguments.reference, sweep.rows if sweep else None):
         page.print(table.shown())
-    for line in about:
+    for line in how_made(results):
         page.print(line, markup=False, highlight=False)
     if arguments.plot is not None:
-        plot(rows, experiment.checks, arguments.plot)
+        plot(results.rows, results.head["settings"]["checks"], arguments.plot)
     if arguments.markdown is not None:
-        what = {name: method.what for name, method in METHODS.items()}
-        written = markdown(rows, arguments.reference, about, what)
+        written = markdown(results, arguments.reference, sweep)
         write_atomically(arguments.markdown, written.encode())
     return 0
 

@@ -11,6 +11,7 @@ from k1.data import TextData
 from k1.errors import ConfigError, K1Error
 from k1.experiments import methods, pictures, report
 from k1.experiments.methods import METHODS
+from k1.experiments.page import Results, markdown
 from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.experiments.tuning import read_tuned
@@ -183,20 +184,57 @@ def test_tables_say_who_forgets_and_at_what_price():
     counted = [{**line, "memory": 3 * 2**31} for line in ROWS]
     assert {line[-1] for line in report.cost_table(counted, "dense").rows} == {"3,072"}
     line = {r[0]: r for r in report.frontier_table(ROWS, "dense", "windows").rows}
-    assert line["dense"][2:] == ["+0.0 %", "250.0", "221.5", "178.8", "175.0"]
-    assert line["calm"][2:5] == ["+10.5 %", "-", "-"]
+    assert line["dense"][1:4] == ["2", "2", "+0.0 %"]
+    read = [float(cell) for cell in line["dense"][4:]]
+    assert read == pytest.approx([250.0, 221.5, 178.75, 175.0], abs=0.051)
+    assert line["calm"][1:6] == ["1", "2", "+10.5 %", "-", "-"]
     tests = {r[0]: r for r in report.test_table(ROWS, "dense", "windows").rows}
     assert list(tests) == ["calm"]
     assert tests["calm"][3].startswith("+0.100") and tests["calm"][5].startswith("-162.5")
 
 
-def test_the_page_has_every_table_and_what_methods_are():
-    text = report.markdown(ROWS, "dense", ["Command: `x`."], {"dense": "D", "calm": "C"})
-    assert text.startswith("# Results\n\n- Command: `x`.")
-    assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 10
-    assert "| calm | C |" in text
+def test_frontiers_compare_the_same_orders_and_seeds():
+    # The second seed is harder for all; a method that only had the first is not better for it.
+    rows = [
+        *(row("dense", s, 1e-3, [[8, 8], [2, 7], [4, 1.0 + s]]) for s in (1, 2)),
+        row("same", 1, 1e-3, [[8, 8], [2, 7], [3, 2.0]]),
+        row("elsewhere", 9, 1e-3, [[8, 8], [2, 7], [3, 0.1]]),
+    ]
+    line = {r[0]: r for r in report.frontier_table(rows, "dense", "windows").rows}
+    assert line["same"][1:5] == ["1", "1", "+0.0 %", "50.0"]
+    assert "elsewhere" not in line
+
+
+def test_the_first_table_has_what_matters_most():
+    first = report.tables(ROWS, "dense")[0]
+    lines = {line[0]: line for line in first.rows}
+    assert lines["dense"][4] == "+0.0 ± 0.0"
+    assert lines["calm"][1] == "2" and lines["calm"][4].startswith("+5.0")
+    assert lines["calm"][6:] == ["1.00", "50%", "0.50"]
+
+
+HEAD = {
+    "kind": "experiment", "pool": "validation", "device": "cpu",
+    "settings": json.loads(json.dumps(choose_experiment("ci", steps=7).settings())),
+}  # fmt: skip
+
+
+def test_the_page_has_every_table_and_how_it_was_made():
+    results = Results(HEAD, [{**line, "made_on": "Some CPU"} for line in ROWS])
+    text = markdown(results, "dense")
+    assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 11
+    assert "6 runs on the **validation** pool" in text and "Some CPU; 18 s in all" in text
+    assert (
+        "`python scripts/experiment.py ci --data DIR --device cpu --seeds 2 --steps 7 "
+        "--rates 0.001,0.003 --methods dense,calm --results FILE`" in text
+    )
     assert report.tables([], "dense") == []
     assert len(report.tables(ROWS[-2:], "dense")) == 4  # without runs of the reference
+    test = Results({**HEAD, "pool": "test"}, ROWS[-2:])
+    swept = markdown(test, "dense", sweep=results)
+    assert "--test --tuned SWEEP.jsonl" in swept and "Where the settings were chosen" in swept
+    assert swept.count("| method |") == 4 + 2 + 1  # frontiers of the sweep
+    assert markdown(Results(HEAD, []), "dense").startswith("# Results")
 
 
 # -- the picture ---------------------------------------------------------------------------------
@@ -238,6 +276,10 @@ def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp
     assert "ewc: 3 runs" in again.stdout and "dense: 1 runs" not in again.stdout
     page = (tmp_path / "results.md").read_text()
     assert page.startswith("# Results") and "k1-own-grow" in page and str(tmp_path) not in page
+    told = call(SCRIPT, "--from", results, "--markdown", tmp_path / "again.md")
+    assert told.returncode == 0, told.stderr
+    assert "ewc: 3 runs" not in told.stdout
+    assert (tmp_path / "again.md").read_text() == page
     wrong = call(SCRIPT, *short, "7", "--results", results)
     assert wrong.returncode == 2 and "other settings" in wrong.stderr
     final = call(SCRIPT, *short, "4", "--methods", "dense,ewc", "--test", "--tuned", results,
@@ -255,6 +297,7 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
         (["--quick", "--test"], "give --tuned"),
         (["--quick", "--rates", "a"], "numbers apart by commas"),
         (["--quick", "--tuned", tmp_path / "none"], "cannot be read as results"),
+        (["--from", tmp_path / "none"], "cannot be read as results"),
         (["--quick", "--plot", tmp_path / "a.nope"], "--plot"),
     ):
         done = call(SCRIPT, *options)

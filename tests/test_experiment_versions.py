@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from k1.attribution import responsibilities
+from k1.config import EvidenceConfig
+from k1.evidence import hash_bigrams, history_mask
 from k1.experiments.learner import Learner
+from k1.experiments.ngrams import hash_ngrams, tables_for
 from k1.experiments.stream import views
 from k1.experiments.tree_learners import MaskedEngine
 from k1.experiments.versions import VersionsLearner, posterior
@@ -53,8 +56,9 @@ def test_alike_versions_are_mixed_evenly(learn):
     assert torch.allclose(mixed, -nats.double().neg().exp().mean(0).log())
 
 
-def test_text_finds_its_version(learn):
-    learner = go(learn("k1-versions"), 2, STEPS)
+@pytest.mark.parametrize("name", ["k1-versions", "vary-unigrams", "vary-trigrams"])
+def test_text_finds_its_version(learn, name):
+    learner = go(learn(name), 2, STEPS)
     seen = views(learner.store, "validation", 6, 3)
     right = [learner.measure(seen, view)[0] for view in ("windows", "passages")]
     learner.counts.reverse()  # each is taken for the other
@@ -63,10 +67,47 @@ def test_text_finds_its_version(learn):
         assert sum(found[:2]) < sum(mistaken[:2])
 
 
+def texts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 5, (3, 40), generator=generator)
+    return tokens, torch.rand(3, 40, generator=generator) < 0.15
+
+
+def test_bigrams_are_hashed_as_the_routers_hash_them():
+    tokens, starts = texts()
+    config = EvidenceConfig()
+    bucket, context, valid = hash_ngrams(tokens, starts, 2, tables_for(2, config))
+    wanted = hash_bigrams(tokens[None], config)
+    assert torch.equal(bucket, wanted[0][0]) and torch.equal(context, wanted[1][0])
+    mask = history_mask(starts[None])[0].diagonal(dim1=-2, dim2=-1) > 0
+    assert torch.equal(valid, mask)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_ngrams_are_told_apart_by_their_tokens_and_stay_in_the_document(order):
+    tokens, starts = texts()
+    bucket, context, valid = hash_ngrams(tokens, starts, order, tables_for(3, EvidenceConfig()))
+    seen: dict[tuple[int, ...], tuple[int, int]] = {}
+    for text in range(3):
+        begun = 0
+        for t in range(40):
+            begun = t if starts[text, t] else begun
+            assert bool(valid[text, t]) == (t > begun and t - order + 1 >= begun)
+            if valid[text, t]:
+                gram = tuple(tokens[text, t - order + 1 : t + 1].tolist())
+                found = (int(bucket[text, t]), int(context[text, t]))
+                assert seen.setdefault(gram, found) == found
+    contexts = {gram[:-1]: found[1] for gram, found in seen.items()}
+    assert len({found for found in seen.values()}) == len(seen) > 4
+    assert len(set(contexts.values())) == len(contexts)
+
+
 # -- nothing is overwritten ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["k1-versions", "k1-versions-free", "dense-versions"])
+@pytest.mark.parametrize(
+    "name", ["k1-versions", "k1-versions-free", "dense-versions", "chain-versions"]
+)
 def test_earlier_versions_stay_as_they_were(learn, name):
     learner = learn(name, runs=2)
     batch = learner.store.spread("validation", "beta", 4)
@@ -125,3 +166,14 @@ def test_separate_versions_begin_fresh_and_are_counted_whole(learn):
     learner.end()
     assert learner.parameters(0) == 2 * Learner.parameters(learner, 0)
     assert isinstance(learner, VersionsLearner) and len(learner.kept) == 2
+
+
+def test_a_chain_is_one_path_of_the_tree(learn):
+    learner, whole = learn("chain-versions"), learn("dense-versions")
+    tree = learner.arena.trees[0]
+    assert len(tree.blocks) == 1 + len(whole.arena.config.model.branching)
+    assert all(len(tree.children(slot)) == 1 - tree.is_leaf(slot) for slot in tree.blocks)
+    assert learner.step_flops() < whole.step_flops()
+    config = learner.arena.config
+    assert config.train == whole.arena.config.train
+    assert config.update == whole.arena.config.update

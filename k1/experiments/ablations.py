@@ -52,6 +52,8 @@ ABLATIONS = (
         for n in (2, 4)
     ),
     *(_varied(f"tau-{x:g}", f"tau {x:g}", {"evidence": {"tau": x}}) for x in (0.05, 0.2, 2.0)),
+    _varied("unigrams", "found again by unigrams", {}, ngrams=1),
+    _varied("trigrams", "found again by trigrams", {}, ngrams=3),
     _varied("counted-16", "16 batches counted for a version", {}, counted=16),
     _varied("traced-1", "a path traced by one batch", {}, traced=1),
     *(_tree(name, branching) for name, branching in TREES.items()),

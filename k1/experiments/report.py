@@ -1,11 +1,10 @@
-"""What the rows of an experiment say: tables for people, and the page of results."""
+"""What the rows of an experiment say: tables for people."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from k1.experiments import metrics
 from k1.experiments.significance import holm, interval, paired_p
@@ -165,21 +164,37 @@ def memory_of(runs: Sequence[Row]) -> str:
 def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
     """Forgetting at matched new-domain bits, along each method's sweep."""
     settings = by_setting(rows)
-    goal = min(_mean(runs, "new", view) for runs in settings[reference].values())
+    base = min(settings[reference].values(), key=lambda runs: _mean(runs, "new", view))
     lines = []
     for method, found in settings.items():
-        points = sweep(found, view)
-        at = [metrics.harm_at(points, goal * (1 + slack / 100)) for slack in SLACK]
-        best = min(point[0] for point in points)
+        pairs = [paired(runs, base) for runs in found.values()]
+        points = [
+            (
+                statistics.fmean(_excess(row, other, view) for row, other in each),
+                statistics.fmean(measure(row, "forgetting %", view) for row, _ in each),
+            )
+            for each in pairs
+            if each
+        ]
+        if not points:
+            continue
+        at = [metrics.harm_at(points, slack) for slack in SLACK]
         cells = [NONE if harm is None else f"{harm:.1f}" for harm in at]
-        lines.append([method, str(len(points)), f"{100 * (best / goal - 1):+.1f} %", *cells])
-    headers = ["method", "points", "best new", *(f"+{slack:g} %" for slack in SLACK)]
+        seeds = min(len(each) for each in pairs if each)
+        best = f"{min(point[0] for point in points):+.1f} %"
+        lines.append([method, str(len(points)), str(seeds), best, *cells])
+    headers = ["method", "points", "runs", "best new", *(f"+{slack:g} %" for slack in SLACK)]
     title = (
-        f"forgetting in per cent of bits at new-domain bits of {reference}'s best and somewhat "
-        f"more, between the points of each method's sweep; {NONE}: it does not learn them so "
-        f"well; {view}"
+        f"forgetting in per cent of bits at new-domain bits of {reference}'s best (same orders and "
+        "seeds) and somewhat more, between the points of each method's sweep, each of so many runs "
+        f"at least; {NONE}: it does not learn them so well; {view}"
     )
     return Table(title, headers, lines)
+
+
+def _excess(row: Row, other: Row, view: str) -> float:
+    """New-domain bits of a run above those of another, in per cent."""
+    return 100 * (measure(row, "new", view) / measure(other, "new", view) - 1)
 
 
 def sweep(found: Mapping[Setting, Sequence[Row]], view: str) -> list[tuple[float, float]]:
@@ -219,28 +234,63 @@ def test_table(rows: Sequence[Row], reference: str, view: str) -> Table:
     return Table(title, headers, [[method, *line] for method, line in cells.items()])
 
 
-def tables(rows: Sequence[Row], reference: str) -> list[Table]:
-    """All tables; those against the reference only if there are runs of it."""
+def headline_table(rows: Sequence[Row], reference: str) -> Table:
+    """What matters most, in one table."""
+    best = best_rows(rows)
+    base = best[reference]
+
+    def mean(runs: list[Row], name: str) -> float:
+        return statistics.fmean(row[name] for row in runs)
+
+    lines = []
+    for method, runs in best.items():
+        forgotten = [
+            interval([measure(row, "forgetting %", view) for row in runs]).show(1)
+            for view in ("windows", "passages")
+        ]
+        new = [_excess(row, other, "windows") for row, other in paired(runs, base)]
+        final = interval([measure(row, "final", "windows") for row in runs]).show()
+        lines.append(
+            [
+                method,
+                str(len(runs)),
+                *forgotten,
+                interval(new).show(1, sign=True) if new else NONE,
+                final,
+                f"{mean(runs, 'parameters') / mean(base, 'parameters'):.2f}",
+                f"{mean(runs, 'moved'):.0%}",
+                f"{mean(runs, 'flops') / mean(base, 'flops'):.2f}",
+            ]
+        )
+    headers = ("method", "runs", "forgetting %, windows", "passages",
+               f"new domains, % of {reference}", "bits at the end", "parameters", "moved a step",
+               "FLOPs")  # fmt: skip
+    title = (
+        "what earlier domains lose, in per cent of their bits; bits of new domains after their "
+        f"phase, against {reference}, paired by order and seed; mean bits per byte of all domains "
+        f"at the end; parameters kept and training FLOPs as a multiple of {reference}'s"
+    )
+    return Table(title, headers, lines)
+
+
+def tables(rows: Sequence[Row], reference: str, sweep: Sequence[Row] | None = None) -> list[Table]:
+    """All tables; those against the reference only if there are runs of it.
+
+    Args:
+        rows: the runs.
+        reference: the method that others are compared with.
+        sweep: runs over settings that frontiers are read from, if others than `rows`.
+    """
     if not rows:
         return []
-    found = [main_table(rows, "windows"), main_table(rows, "passages")]
+    compared = any(row["method"] == reference for row in rows)
+    found = [headline_table(rows, reference)] if compared else []
+    found += [main_table(rows, "windows"), main_table(rows, "passages")]
     found += [domain_table(rows, "windows"), domain_table(rows, "passages")]
-    if any(row["method"] == reference for row in rows):
+    if compared:
         found.append(cost_table(rows, reference))
-        for view in ("windows", "passages"):
-            found.append(frontier_table(rows, reference, view))
-            found.append(test_table(rows, reference, view))
+        found += [test_table(rows, reference, view) for view in ("windows", "passages")]
+    points = rows if sweep is None else sweep
+    if any(row["method"] == reference for row in points):
+        found += [frontier_table(points, reference, view) for view in ("windows", "passages")]
     return found
-
-
-def markdown(
-    rows: Sequence[Row], reference: str, about: Sequence[str], what: dict[str, Any]
-) -> str:
-    """Write the page of results."""
-    lines = ["# Results", "", *(f"- {line}" for line in about), ""]
-    for table in tables(rows, reference):
-        lines += table.section()
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    legend = [(name, what[name]) for name in names]
-    lines += Table("", ("method", "what"), legend, numbers=False).markdown()
-    return "\n".join([*lines, ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,9 +205,17 @@ def go_through(
             "seconds": seconds,
             "memory": memory,
             "lanes": learner.lanes,
+            "made_on": made_on(learner.arena.device),
         }
         for lane in lanes
     ]
+
+
+def made_on(device: torch.device) -> str:
+    """Name what a run was made with."""
+    cuda = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if cuda else f"CPU ({platform.machine()})"
+    return f"{processor}, PyTorch {torch.__version__}"
 
 
 def measure_memory_anew(device: torch.device) -> None:

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from k1.errors import K1Error
+from k1.experiments.page import read_results
 from k1.experiments.plans import Experiment
 from k1.experiments.report import Setting, best_settings
-from k1.experiments.runner import KEY
-from k1.row_file import RowFile
 
 
 def read_tuned(path: Path, experiment: Experiment) -> dict[str, Setting]:
@@ -18,18 +17,13 @@ def read_tuned(path: Path, experiment: Experiment) -> dict[str, Setting]:
     Raises:
         K1Error: if the file holds none, is of another experiment, or lacks a method.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            head = json.loads(file.readline())
-        del head["format"]
-        pool, settings = head["pool"], head["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise K1Error(f"{path} cannot be read as results ({error}): name another file") from None
+    results = read_results(path)
+    pool, settings = results.head["pool"], results.head["settings"]
     if pool != "validation":
         raise K1Error(f"{path} was measured on {pool}: tune on validation")
     if settings != json.loads(json.dumps(experiment.settings())):
         raise K1Error(f"{path} is of an experiment with other settings: name another file")
-    found = best_settings(list(RowFile(path, head, KEY).rows.values()))
+    found = best_settings(results.rows)
     missing = [name for name in experiment.methods if name not in found]
     if missing:
         raise K1Error(f"{path} has no runs of {', '.join(missing)}: tune them, or leave them out")

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from k1.chunks import cut
+from k1.config import Config
 from k1.engine import Engine
-from k1.evidence import UNIT, add_counts, hash_bigrams, likelihood_ratio
+from k1.evidence import UNIT, add_counts, likelihood_ratio
 from k1.experiments.inferred import Believer, InferringLearner, Reading, reading_of
 from k1.experiments.learner import Learner
+from k1.experiments.ngrams import hash_ngrams, tables_for
 from k1.experiments.reading import Passages
 from k1.experiments.tree_learners import MaskedEngine
 from k1.flops import step_flops
@@ -72,9 +74,11 @@ class VersionsLearner(InferringLearner):
         self,
         *args: Any,
         counted: int = 256,
+        ngrams: int = 2,
         traced: int = 0,
         by_loss: bool = False,
         fresh: bool = False,
+        chain: bool = False,
         **kwargs: Any,
     ) -> None:
         """Fill an arena.
@@ -82,14 +86,16 @@ class VersionsLearner(InferringLearner):
         Args:
             *args: as for `Learner`.
             counted: batches of each domain's text that are counted for its version.
+            ngrams: tokens of what is counted: 2 for bigrams.
             traced: batches of a later domain's text that its one path is traced by, before it is
                 trained on; 0 lets every step find its own.
             by_loss: the version with the least loss so far is believed, whatever the bigrams say.
             fresh: each domain begins with a fresh system, not with the last version.
+            chain: the tree is a single path, as long as a path of the experiment's tree.
             **kwargs: as for `Learner`.
         """
-        self.counted, self.traced = counted, traced
-        self.by_loss, self.from_fresh = by_loss, fresh
+        self.counted, self.ngrams, self.traced = counted, ngrams, traced
+        self.by_loss, self.from_fresh, self.chain = by_loss, fresh, chain
         self.kept: list[Forest] = []
         """Versions of the domains that have ended."""
         self.counts: list[Tensor] = []
@@ -97,6 +103,14 @@ class VersionsLearner(InferringLearner):
         self._sizes: list[list[int]] = []
         """Parameters that each domain has moved, by lane."""
         super().__init__(*args, **kwargs)
+
+    def configure(self, phase: int) -> Config:
+        """Return the settings of a phase, with the tree cut down to a path if that is asked for."""
+        config = super().configure(phase)
+        if not self.chain:
+            return config
+        path = (1,) * len(config.model.branching)
+        return config.replace(model={"branching": path, "spare": 0.0, "spare_levels": 0})
 
     def begin(self, phase: int) -> None:
         """Meet a domain, and count its text."""
@@ -143,7 +157,7 @@ class VersionsLearner(InferringLearner):
 
     def _count(self) -> Tensor:
         """Count some batches of the present domain's text: int64 [L, H]."""
-        a, ev = self.arena, self.arena.config.evidence
+        a, ev = self.arena, tables_for(self.ngrams, self.arena.config.evidence)
         table = ev.buckets + ev.context_buckets
         counts = torch.zeros(self.lanes, 1, 3, table, dtype=torch.int64, device=a.device)
         where = torch.zeros(self.lanes, 1, dtype=torch.int64, device=a.device)
@@ -151,8 +165,9 @@ class VersionsLearner(InferringLearner):
             self.lanes, 1, a.config.train.batch * a.config.model.context, device=a.device
         )
         for number in range(self.counted):
-            _, text = self._draw(0, self.lanes, number)
-            add_counts(counts, where, share, text.bigram, text.context, text.valid, ev)
+            batch, _ = self._draw(0, self.lanes, number)
+            found = hash_ngrams(batch.inputs, batch.starts, self.ngrams, ev)
+            add_counts(counts, where, share, *found, ev)
         return counts.sum((1, 2))
 
     def _draw(self, start: int, stop: int, number: int) -> tuple[Batch, Text]:
@@ -182,16 +197,15 @@ class VersionsLearner(InferringLearner):
         """Mix what the versions say, each by its posterior probability."""
         if self.by_loss:
             return super().believer(start, stop)
-        ev = self.arena.config.evidence
+        ev = tables_for(self.ngrams, self.arena.config.evidence)
         own = torch.stack(self.counts).cpu()[:, start:stop].double() / UNIT
-        bigrams, contexts = own.split([ev.buckets, ev.context_buckets], dim=-1)
+        ngrams, contexts = own.split([ev.buckets, ev.context_buckets], dim=-1)
 
         def believe(nats: Tensor, passages: Passages) -> Tensor:
             inputs, starts = passages.inputs.flatten(1).cpu(), passages.starts.flatten(1).cpu()
-            bigram, context = hash_bigrams(inputs, ev)
-            both, before = bigrams[..., bigram], contexts[..., context]
+            bucket, context, valid = hash_ngrams(inputs, starts, self.ngrams, ev)
+            both, before = ngrams[..., bucket], contexts[..., context]
             ratio = likelihood_ratio(both, before, both.sum(0), before.sum(0), ev)
-            valid = ~starts & (torch.arange(starts.shape[-1]) > 0)
             known = posterior(ratio.log(), valid, starts, ev.tau)
             return -torch.logsumexp(known - nats.double(), dim=0)
 
