@@ -218,8 +218,15 @@ def _single(worlds: dict[str, Any]) -> Any:
     return Phase2Env(device="cpu", **worlds)
 
 
-def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(
+    plan: Plan, say: Callable[[str], None], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     """Time every side in every tier, in turns.
+
+    Args:
+        plan: what to time.
+        say: is told how it goes.
+        keep: is given all records so far after each tier, which can take minutes.
 
     Returns:
         A record for each side and tier: environment steps a second as median over the rounds, with
@@ -249,6 +256,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> list[dict[str, Any]]:
                         "times": middle / first,
                     }
                 )
+            keep(records)
     finally:
         for side in built.values():
             side.close()

@@ -37,7 +37,7 @@ class Arguments:
     device: str = "auto"
     """auto, cpu or cuda."""
     json: Annotated[Path | None, optional("FILE")] = None
-    """Write everything measured there."""
+    """Write everything measured there, anew after each tier."""
     markdown: Annotated[Path | None, optional("FILE")] = None
     """Write a section of a page there."""
 
@@ -88,13 +88,17 @@ def main(arguments: Arguments) -> int:
         "about": f"preset {arguments.preset}, {plan.settings.interval} training steps for each "
         f"environment step, {os.cpu_count()} CPU cores",
         "rounds": arguments.rounds,
-        "records": measure(plan, say),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
     }
+
+    def keep(records: list[dict[str, Any]]) -> None:
+        peak = torch.cuda.max_memory_allocated(device) if cuda else None
+        result.update(records=records, peak_bytes=peak)
+        if arguments.json:
+            write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
+
+    measure(plan, say, keep)
     shown = table(result["records"])
     console().print(shown.shown())
-    if arguments.json:
-        write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     if arguments.markdown:
         write_atomically(arguments.markdown, markdown(result).encode())
     return 0

@@ -24,7 +24,9 @@ def plan() -> Plan:
 
 def test_every_side_and_tier_has_a_figure(plan: Plan) -> None:
     said: list[str] = []
-    records = measure(plan, said.append)
+    kept: list[int] = []
+    records = measure(plan, said.append, lambda records: kept.append(len(records)))
+    assert kept == [4, 7, 10, 13] and len(records) == 13
     several = {"1 lane", "2 lanes", "1 processes"}
     for tier in TIERS:
         own = {r["side"]: r for r in records if r["tier"] == tier}
