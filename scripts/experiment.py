@@ -61,7 +61,7 @@ class Arguments:
     from_: Annotated[
         Path | None, tyro.conf.arg(name="from", metavar="FILE", help_behavior_hint="")
     ] = None
-    """Make no runs: report these results, and the frontiers of those in --tuned."""
+    """Make no runs: report these results (of --methods), and the frontiers of those in --tuned."""
 
 
 def main(arguments: Arguments) -> int:
@@ -79,8 +79,9 @@ def main(arguments: Arguments) -> int:
 
     if arguments.from_ is None:
         return report(arguments, make_runs(arguments), None)
-    sweep = None if arguments.tuned is None else read_results(arguments.tuned)
-    return report(arguments, read_results(arguments.from_), sweep)
+    names = arguments.methods and tuple(arguments.methods.split(","))
+    sweep = None if arguments.tuned is None else read_results(arguments.tuned, names)
+    return report(arguments, read_results(arguments.from_, names), sweep)
 
 
 def list_all() -> int:

@@ -11,7 +11,7 @@ from k1.data import TextData
 from k1.errors import ConfigError, K1Error
 from k1.experiments import methods, pictures, report
 from k1.experiments.methods import METHODS
-from k1.experiments.page import Results, markdown
+from k1.experiments.page import Results, markdown, read_results
 from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.experiments.tuning import read_tuned
@@ -280,6 +280,12 @@ def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp
     assert told.returncode == 0, told.stderr
     assert "ewc: 3 runs" not in told.stdout
     assert (tmp_path / "again.md").read_text() == page
+    assert {row["method"] for row in read_results(results, ("ewc", "dense")).rows} == {
+        "dense",
+        "ewc",
+    }
+    with pytest.raises(K1Error, match="has no runs of si"):
+        read_results(results, ("si",))
     wrong = call(SCRIPT, *short, "7", "--results", results)
     assert wrong.returncode == 2 and "other settings" in wrong.stderr
     final = call(SCRIPT, *short, "4", "--methods", "dense,ewc", "--test", "--tuned", results,

@@ -25,8 +25,12 @@ class Results:
     rows: Sequence[Row]
 
 
-def read_results(path: Path) -> Results:
+def read_results(path: Path, methods: Sequence[str] | None = None) -> Results:
     """Read results, whatever they are about.
+
+    Args:
+        path: their file.
+        methods: the methods whose rows are wanted; None is all.
 
     Raises:
         K1Error: if the file holds none.
@@ -39,7 +43,13 @@ def read_results(path: Path) -> Results:
             raise ValueError("not of an experiment")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise K1Error(f"{path} cannot be read as results ({error}): name another file") from None
-    return Results(about, list(RowFile(path, about, KEY).rows.values()))
+    rows = list(RowFile(path, about, KEY).rows.values())
+    if methods is None:
+        return Results(about, rows)
+    found = [row for row in rows if row["method"] in methods]
+    if not found:
+        raise K1Error(f"{path} has no runs of {', '.join(methods)}: ask for others")
+    return Results(about, found)
 
 
 def how_made(results: Results) -> list[str]:
