@@ -73,8 +73,10 @@ def main(arguments: Arguments) -> int:
     if arguments.list:
         from k1.experiments.methods import METHODS
         from k1.experiments.plans import EXPERIMENTS
+        from policies.continual import CONTROLLED
 
-        for title, entries in (("experiment", EXPERIMENTS), ("method", METHODS.values())):
+        methods = (*METHODS.values(), *CONTROLLED.values())
+        for title, entries in (("experiment", EXPERIMENTS), ("method", methods)):
             told = [(entry.name, entry.what) for entry in entries]
             page.print(Table("", (title, "what"), told, numbers=False).shown())
         return 0
@@ -101,7 +103,9 @@ def main(arguments: Arguments) -> int:
     from k1.experiments.report import markdown, tables
     from k1.experiments.runner import Conditions, open_rows, run_experiment
     from k1.experiments.tuning import read_tuned
+    from policies.continual import CONTROLLED
 
+    known = {**METHODS, **CONTROLLED}
     began = time.monotonic()
     experiment = choose_experiment(
         "ci" if arguments.quick else arguments.name,
@@ -111,7 +115,7 @@ def main(arguments: Arguments) -> int:
         seeds=arguments.seeds,
         steps=arguments.steps,
     )
-    choose_methods(experiment.methods)
+    choose_methods(experiment.methods, known)
     chosen = None
     if arguments.tuned is not None:
         chosen = read_tuned(arguments.tuned, experiment)
@@ -134,6 +138,7 @@ def main(arguments: Arguments) -> int:
         deadline=began + 60 * minutes,
         chosen=chosen,
         say=lambda line: page.print(line, highlight=False),
+        methods=known,
     )
     file = open_rows(experiment, conditions, arguments.results)
     rows = run_experiment(experiment, conditions, file)
@@ -155,7 +160,7 @@ def main(arguments: Arguments) -> int:
     if arguments.plot is not None:
         plot(rows, experiment.checks, arguments.plot)
     if arguments.markdown is not None:
-        what = {name: method.what for name, method in METHODS.items()}
+        what = {name: method.what for name, method in known.items()}
         written = markdown(rows, arguments.reference, about, what)
         write_atomically(arguments.markdown, written.encode())
     return 0

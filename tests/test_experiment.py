@@ -15,6 +15,7 @@ from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.experiments.tuning import read_tuned
 from k1.row_file import RowFile
+from policies.continual import CONTROLLED
 from tests.phase2_helpers import ROOT, call
 
 SCRIPT = ROOT / "scripts" / "experiment.py"
@@ -41,7 +42,7 @@ def conditions(data: TextData) -> Conditions:
 def test_plans_name_methods_that_there_are():
     assert len({e.name for e in EXPERIMENTS}) == len(EXPERIMENTS)
     for experiment in EXPERIMENTS:
-        assert methods.choose_methods(experiment.methods)
+        assert methods.choose_methods(experiment.methods, {**METHODS, **CONTROLLED})
         experiment.config("builtin")
         assert json.dumps(experiment.settings())
 
@@ -265,5 +266,5 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
 def test_the_list_names_all(tmp_path: Path):
     done = call(SCRIPT, "--list")
     assert done.returncode == 0
-    for name in (*METHODS, *(e.name for e in EXPERIMENTS)):
+    for name in (*METHODS, *CONTROLLED, *(e.name for e in EXPERIMENTS)):
         assert name in done.stdout
