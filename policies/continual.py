@@ -212,6 +212,7 @@ class ControlledLearner(Learner):
         """What the controller did."""
         session = self._controlled[lane].life.session
         return {
+            "made_by": self._policies[lane].state_dict().get("weights"),
             "trained": session.trainer.steps,
             "decisions": session.decision,
             "tried": len(session.tries),

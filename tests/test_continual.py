@@ -17,6 +17,9 @@ from k1.experiments.report import tables
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.flops import measuring_flops, step_flops
 from k1.sampling import TokenStore
+from k1env.seating import seat
+from k1env.wide import Wide
+from policies import continual
 from policies.continual import CONTROLLED, WINDOWS, ControlledLearner
 from policies.learned import SHIPPED
 from tests.experiment_helpers import ORDER, SPARE, Build
@@ -38,6 +41,9 @@ class Does:
     def act(self, observation, info):
         self.shown.append((info["seen"], observation["domains"].reshape(-1, 4)[:, 1].tolist()))
         return self.index if len(self.shown) == 1 else 0
+
+    def state_dict(self):
+        return {}
 
 
 class Told(ControlledLearner):
@@ -94,6 +100,7 @@ def test_rows_have_all_that_tables_need(data: TextData):
     idle = by_method["k1-noop"]
     assert idle["tried"] == 0 and idle["blocks"] == by_method["dense"]["blocks"]
     assert by_method["k1-heuristic"]["tried"] > 0
+    assert by_method["k1-ppo"]["made_by"] and idle["made_by"] is None
     assert idle["hyper"]["lr"] == pytest.approx(idle["lr"])
     text = "".join(table.shown().title or "" for table in tables(rows, "dense"))
     assert "random windows" in text
@@ -147,6 +154,18 @@ def test_all_that_is_executed_is_charged_and_phases_end_on_it(data: TextData, la
         trained = session.spent * unit
     assert before == pytest.approx(trained + looks + scores)
     assert (session.shadow_diverged, session.tree.agents) == (blocks == 8, blocks - 1)
+
+
+def test_many_lanes_in_one_call_are_charged_as_each_by_itself(data: TextData, monkeypatch):
+    alone, wide = told(data, "tune lr x2"), told(data, "tune lr x2")
+    for learner in (alone, wide):
+        for phase in range(2):
+            learner.begin(phase)
+            learner.train(0, STEPS, STEPS)
+        monkeypatch.setattr(continual, "seat", lambda *a, wide: seat(*a, wide=True))
+    assert alone.flops == pytest.approx(wide.flops) and alone.moved == pytest.approx(wide.moved)
+    assert wide.session().scheduler.calls.__class__ is Wide
+    assert wide.session().tries == alone.session().tries
 
 
 def test_an_agent_that_is_added_shows_in_the_row(data: TextData):

@@ -102,7 +102,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "main",
-        "all but ablations and controllers, all orders in turn, swept over learning rates; for a GPU",
+        "all but ablations and controllers, orders in turn, swept over learning rates; for a GPU",
         tuple(method.name for method in (*BASELINES, *TRACED)),
         sections=_BIG,
         seeds=10,
