@@ -25,7 +25,7 @@ class TokenStore:
             DataError: if a pool of a domain is too short for one window.
         """
         data.require(context + 2)
-        self.domains = data.domains
+        self.data, self.domains = data, data.domains
         self.context = context
         tokens, starts, table, position = [], [], [], 0
         for pool in POOLS:

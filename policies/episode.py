@@ -150,18 +150,23 @@ class Meter:
         session = self.session
         if isinstance(request, Train):
             return request.steps * sum(map(session.step_flops, request.lanes))
-        if isinstance(request, Evaluate):
-            windows = request.windows or session.settings.system.train.eval_windows
-            return self._measuring(request.lane, len(request.domains) * windows)
-        if isinstance(request, Score):
-            windows = request.batch.inputs.shape[1]
-            return sum(self._measuring(n, windows) for n in range(request.start, request.stop))
-        return 0.0
+        return measured_flops(session, request)
 
-    def _measuring(self, lane: int, windows: int) -> float:
-        session = self.session
+
+def measured_flops(session: Session, request: Request) -> float:
+    """Operations of a session's request to measure; 0 for other requests."""
+
+    def of(lane: int, windows: int) -> float:
         blocks = len(session.arena.trees[lane].blocks)
         return measuring_flops(session.settings.system, session.data.vocab_size, blocks, windows)
+
+    if isinstance(request, Evaluate):
+        windows = request.windows or session.settings.system.train.eval_windows
+        return of(request.lane, len(request.domains) * windows)
+    if isinstance(request, Score):
+        windows = request.batch.inputs.shape[1]
+        return sum(of(lane, windows) for lane in range(request.start, request.stop))
+    return 0.0
 
 
 class TimeUp(Exception):

@@ -89,8 +89,10 @@ def list_all() -> int:
     from k1.experiments.methods import METHODS
     from k1.experiments.plans import EXPERIMENTS
     from k1.tables import Table, console
+    from policies.continual import CONTROLLED
 
-    for title, entries in (("experiment", EXPERIMENTS), ("method", METHODS.values())):
+    methods = (*METHODS.values(), *CONTROLLED.values())
+    for title, entries in (("experiment", EXPERIMENTS), ("method", methods)):
         told = [(entry.name, entry.what) for entry in entries]
         console().print(Table("", (title, "what"), told, numbers=False).shown())
     return 0
@@ -114,13 +116,15 @@ def make_runs(arguments: Arguments) -> Results:
     prepare_torch(device)
 
     from k1.data import load_data
-    from k1.experiments.methods import choose_methods
+    from k1.experiments.methods import METHODS, choose_methods
     from k1.experiments.page import Results
     from k1.experiments.plans import choose_experiment
     from k1.experiments.runner import Conditions, open_rows, run_experiment
     from k1.experiments.tuning import read_tuned
+    from policies.continual import CONTROLLED
 
     began, page = time.monotonic(), console()
+    known = {**METHODS, **CONTROLLED}
     experiment = choose_experiment(
         "ci" if arguments.quick else arguments.name,
         methods=arguments.methods and tuple(arguments.methods.split(",")),
@@ -129,7 +133,7 @@ def make_runs(arguments: Arguments) -> Results:
         seeds=arguments.seeds,
         steps=arguments.steps,
     )
-    choose_methods(experiment.methods)
+    choose_methods(experiment.methods, known)
     chosen = None
     if arguments.tuned is not None:
         chosen = read_tuned(arguments.tuned, experiment)
@@ -145,6 +149,7 @@ def make_runs(arguments: Arguments) -> Results:
         deadline=began + 60 * minutes,
         chosen=chosen,
         say=lambda line: page.print(line, highlight=False),
+        methods=known,
     )
     file = open_rows(experiment, conditions, arguments.results)
     return Results(file.head, run_experiment(experiment, conditions, file))
@@ -153,10 +158,12 @@ def make_runs(arguments: Arguments) -> Results:
 def report(arguments: Arguments, results: Results, sweep: Results | None) -> int:
     """Print the tables, and write what is asked for."""
     from k1.durable import write_atomically
+    from k1.experiments.methods import METHODS
     from k1.experiments.page import how_made, markdown
     from k1.experiments.pictures import plot
     from k1.experiments.report import tables
     from k1.tables import console
+    from policies.continual import CONTROLLED
 
     page = console()
     for table in tables(results.rows, arguments.reference, sweep.rows if sweep else None):
@@ -166,7 +173,8 @@ def report(arguments: Arguments, results: Results, sweep: Results | None) -> int
     if arguments.plot is not None:
         plot(results.rows, results.head["settings"]["checks"], arguments.plot)
     if arguments.markdown is not None:
-        written = markdown(results, arguments.reference, sweep)
+        known = {**METHODS, **CONTROLLED}
+        written = markdown(results, arguments.reference, known, sweep)
         write_atomically(arguments.markdown, written.encode())
     return 0
 

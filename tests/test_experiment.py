@@ -16,6 +16,7 @@ from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.experiments.tuning import read_tuned
 from k1.row_file import RowFile
+from policies.continual import CONTROLLED
 from tests.phase2_helpers import ROOT, call
 
 SCRIPT = ROOT / "scripts" / "experiment.py"
@@ -42,7 +43,7 @@ def conditions(data: TextData) -> Conditions:
 def test_plans_name_methods_that_there_are():
     assert len({e.name for e in EXPERIMENTS}) == len(EXPERIMENTS)
     for experiment in EXPERIMENTS:
-        assert methods.choose_methods(experiment.methods)
+        assert methods.choose_methods(experiment.methods, {**METHODS, **CONTROLLED})
         experiment.config("builtin")
         assert json.dumps(experiment.settings())
 
@@ -221,7 +222,7 @@ HEAD = {
 
 def test_the_page_has_every_table_and_how_it_was_made():
     results = Results(HEAD, [{**line, "made_on": "Some CPU"} for line in ROWS])
-    text = markdown(results, "dense")
+    text = markdown(results, "dense", METHODS)
     assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 11
     assert "6 runs on the **validation** pool" in text and "Some CPU; 18 s in all" in text
     assert (
@@ -231,10 +232,10 @@ def test_the_page_has_every_table_and_how_it_was_made():
     assert report.tables([], "dense") == []
     assert len(report.tables(ROWS[-2:], "dense")) == 4  # without runs of the reference
     test = Results({**HEAD, "pool": "test"}, ROWS[-2:])
-    swept = markdown(test, "dense", sweep=results)
+    swept = markdown(test, "dense", METHODS, sweep=results)
     assert "--test --tuned SWEEP.jsonl" in swept and "Where the settings were chosen" in swept
     assert swept.count("| method |") == 4 + 2 + 1  # frontiers of the sweep
-    assert markdown(Results(HEAD, []), "dense").startswith("# Results")
+    assert markdown(Results(HEAD, []), "dense", {}).startswith("# Results")
 
 
 # -- the picture ---------------------------------------------------------------------------------
@@ -314,5 +315,5 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
 def test_the_list_names_all(tmp_path: Path):
     done = call(SCRIPT, "--list")
     assert done.returncode == 0
-    for name in (*METHODS, *(e.name for e in EXPERIMENTS)):
+    for name in (*METHODS, *CONTROLLED, *(e.name for e in EXPERIMENTS)):
         assert name in done.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -205,6 +205,10 @@ class Learner:
         """Living parameters of a run's system."""
         a = self.arena
         return len(a.trees[lane].blocks) * a.block_layout.total + a.shared_layout.total
+
+    def remarks(self, lane: int) -> dict[str, Any]:
+        """Figures of the method's own that a run's row has besides, as plain JSON data."""
+        return {}
 
 
 def height(done: float) -> float:

@@ -1,12 +1,12 @@
 """The methods that experiments compare, as data; `k1.experiments.learner` carries them out.
 
 To add one: a `Method` here, and, if settings do not express it, a `Learner` of its own in a file of
-its own, which it names.
+its own, which it names. Methods that need an environment are in `policies/continual.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from k1.bench.methods import NEVER_AGAIN
 from k1.errors import ConfigError
@@ -126,13 +126,19 @@ TRACED = (
 METHODS = {method.name: method for method in (*BASELINES, *TRACED, *ABLATIONS)}
 
 
-def choose_methods(names: Sequence[str]) -> tuple[Method, ...]:
+def choose_methods(
+    names: Sequence[str], known: Mapping[str, Method] = METHODS
+) -> tuple[Method, ...]:
     """Return methods by their names.
+
+    Args:
+        names: which.
+        known: the methods that there are, by name.
 
     Raises:
         ConfigError: for an unknown name.
     """
     for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"no method {name!r}: choose from {', '.join(METHODS)}")
-    return tuple(METHODS[name] for name in dict.fromkeys(names))
+        if name not in known:
+            raise ConfigError(f"no method {name!r}: choose from {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))

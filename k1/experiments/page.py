@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k1.durable import canonical_json
 from k1.errors import K1Error
-from k1.experiments.methods import METHODS
+from k1.experiments.method import Method
 from k1.experiments.plans import EXPERIMENTS
 from k1.experiments.report import tables
 from k1.experiments.runner import KEY
@@ -88,12 +88,15 @@ def _command(results: Results) -> str:
     return f"python scripts/experiment.py {alike[0].name} {' '.join(told)} --results FILE"
 
 
-def markdown(results: Results, reference: str, sweep: Results | None = None) -> str:
+def markdown(
+    results: Results, reference: str, known: Mapping[str, Method], sweep: Results | None = None
+) -> str:
     """Write the page.
 
     Args:
         results: what it is about.
         reference: the method that others are compared with.
+        known: the methods that there are, by name.
         sweep: where the settings were chosen; frontiers are read there.
     """
     rows = results.rows
@@ -113,6 +116,6 @@ def markdown(results: Results, reference: str, sweep: Results | None = None) -> 
     for table in found[1:]:
         lines += table.section()
     names = list(dict.fromkeys(row["method"] for row in rows))
-    legend = [(name, METHODS[name].what if name in METHODS else "-") for name in names]
+    legend = [(name, known[name].what if name in known else "-") for name in names]
     lines += Table("", ("method", "what"), legend, numbers=False).markdown()
     return "\n".join([*lines, ""])

@@ -102,7 +102,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "main",
-        "all methods, all orders in turn, swept over learning rates; for a GPU",
+        "all but ablations and controllers, orders in turn, swept over learning rates; for a GPU",
         tuple(method.name for method in (*BASELINES, *TRACED)),
         sections=_BIG,
         seeds=10,
@@ -118,6 +118,13 @@ EXPERIMENTS = (
         "parts",
         "what each part of K-1 does: percentages, freezing, growth, threshold, counters; for a GPU",
         ("dense", *(method.name for method in TRACED)),
+        sections=_BIG,
+        seeds=3,
+    ),
+    Experiment(
+        "growth",
+        "growth by a fixed rule, by controllers of Phase 2, and none; for a GPU",
+        ("dense", "k1-full-path", "k1-full-path-grow", "k1-noop", "k1-heuristic", "k1-ppo"),
         sections=_BIG,
         seeds=3,
     ),

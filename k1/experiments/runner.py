@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from k1.durable import canonical_json
 from k1.errors import K1Error
 from k1.experiments.learner import VIEWS, Learner, Run
 from k1.experiments.method import Method
-from k1.experiments.methods import choose_methods
+from k1.experiments.methods import METHODS, choose_methods
 from k1.experiments.plans import Experiment
 from k1.experiments.stream import Views, orders_of, stream_domains, views
 from k1.flops import step_flops
@@ -52,6 +52,8 @@ class Conditions:
     chosen: Chosen | None = None
     """Run these settings of each method alone."""
     say: Callable[[str], None] = lambda line: None
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    """The methods that there are, by name."""
 
 
 def open_rows(experiment: Experiment, conditions: Conditions, path: Path | None) -> RowFile:
@@ -69,7 +71,7 @@ def open_rows(experiment: Experiment, conditions: Conditions, path: Path | None)
         "device": conditions.device,
     }
     file = RowFile(path, head, KEY)
-    now = {name: identity(method) for name, method in known_methods(file).items()}
+    now = {name: identity(method) for name, method in known_methods(file, conditions).items()}
     for row in file.rows.values():
         if now.get(row["method"]) != row["identity"]:
             raise K1Error(
@@ -79,10 +81,10 @@ def open_rows(experiment: Experiment, conditions: Conditions, path: Path | None)
     return file
 
 
-def known_methods(file: RowFile) -> dict[str, Method]:
+def known_methods(file: RowFile, conditions: Conditions) -> dict[str, Method]:
     """The methods that a file has rows of."""
     names = [row["method"] for row in file.rows.values()]
-    return {method.name: method for method in choose_methods(names)}
+    return {method.name: method for method in choose_methods(names, conditions.methods)}
 
 
 def identity(method: Method) -> str:
@@ -111,7 +113,7 @@ def run_experiment(experiment: Experiment, conditions: Conditions, file: RowFile
     seen = views(store, conditions.pool, config.train.eval_windows, experiment.passage)
     planned: list[Run] = []
     with file.lock():
-        for method in choose_methods(experiment.methods):
+        for method in choose_methods(experiment.methods, conditions.methods):
             runs = experiment.runs(method, orders)
             if conditions.chosen is not None:
                 runs = [r for r in runs if conditions.chosen[method.name] == (r.lr, r.strength)]
@@ -206,6 +208,7 @@ def go_through(
             "memory": memory,
             "lanes": learner.lanes,
             "made_on": made_on(learner.arena.device),
+            **learner.remarks(lane),
         }
         for lane in lanes
     ]
