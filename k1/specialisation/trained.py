@@ -111,9 +111,7 @@ def ask(
     for method in choose_methods(experiment.methods):
         if not has_one_tree(method):
             others = ", ".join(name for name, m in METHODS.items() if has_one_tree(m))
-            raise ConfigError(
-                f"{method.name} has no single tree to study: choose from {others}"
-            )
+            raise ConfigError(f"{method.name} has no single tree to study: choose from {others}")
     same = stream_domains(data)[0] if same is None else same
     if same not in data.domains:
         raise ConfigError(f"no domain {same!r}: choose from {', '.join(data.domains)}")
@@ -156,15 +154,21 @@ def run_studies(asked: Asked, conditions: Conditions, file: RowFile) -> list[Row
             for method in choose_methods(asked.experiment.methods):
                 runs = asked.runs(method, text)
                 planned += [{**as_row(run), "situation": situation} for run in runs]
-                missing = [r for r, p in zip(runs, planned[-len(runs) :], strict=True)
-                           if file.key(p) not in file.rows]
+                missing = [
+                    r
+                    for r, p in zip(runs, planned[-len(runs) :], strict=True)
+                    if file.key(p) not in file.rows
+                ]
                 if not missing:
                     continue
                 trained = replace(method, joint=True) if situation == JOINT else method
                 make = partial(method.learner, trained, config, store, text.vocab_size, missing)
                 try:
                     rows = train_and_study(
-                        make(conditions.device, **method.options), asked.experiment, text, conditions
+                        make(conditions.device, **method.options),
+                        asked.experiment,
+                        text,
+                        conditions,
                     )
                 except OutOfTime:
                     conditions.say(f"{method.name}, {situation}: out of time")
