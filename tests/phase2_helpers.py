@@ -25,7 +25,7 @@ from k1env.settings import Settings
 from tests.conftest import DOMAINS, markov_documents
 
 ROOT = Path(__file__).parent.parent
-RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID, EXPLAIN = (
+RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID, EXPLAIN, SPECIALISTS = (
     ROOT / "scripts" / f"{name}.py"
     for name in (
         "run_phase2",
@@ -36,6 +36,7 @@ RUN, REPLAY, PHASE_1, PPO, MEASURE, EVALUATE, GRID, EXPLAIN = (
         "evaluate",
         "grid_search",
         "explain",
+        "specialists",
     )
 )
 QUICK_GATE = GateConfig(horizon=2, anneal=2, windows=4)

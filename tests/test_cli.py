@@ -32,6 +32,7 @@ from tests.phase2_helpers import (
     REPLAY,
     ROOT,
     RUN,
+    SPECIALISTS,
     call,
     command,
     environment,
@@ -229,6 +230,14 @@ MISTAKES: dict[str, tuple[Path, list[str], str]] = {
     "explain a folder": (EXPLAIN, ["{}/one", "--text", "{}/text"], "name a text file"),
     "explain bytes": (EXPLAIN, ["{}/one", "--text", "{}/bytes"], "is not UTF-8"),
     "explain nothing": (EXPLAIN, ["{}/one", "--text", "{}/blank"], "give a file with something"),
+    "specialists experiment": (SPECIALISTS, ["--experiment", "nothing"], "no experiment 'nothing'"),
+    "specialists data": (SPECIALISTS, ["--data", "{}/nowhere"], "check its spelling"),
+    "specialists method": (SPECIALISTS, ["--methods", "mixture"], "mixture has no single tree to"),
+    "specialists situation": (SPECIALISTS, ["--situations", "four"], "no situation 'four'"),
+    "specialists domain": (SPECIALISTS, ["--same", "delta"], "no domain 'delta': choose from"),
+    "specialists seeds": (SPECIALISTS, ["--seeds", "0"], "a step and a seed at least"),
+    "specialists minutes": (SPECIALISTS, ["--max-minutes", "0"], "--max-minutes is more than 0"),
+    "specialists results": (SPECIALISTS, ["--results", "{}/nowhere/rows"], "does not exist"),
     "phase 1 used": (PHASE_1, fresh(**{"run-dir": "{}/used"}), "not empty"),
 }
 

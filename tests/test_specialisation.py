@@ -271,6 +271,8 @@ def test_typical_words_are_more_frequent_by_more_than_chance():
     (word,) = typical(own, rest, most=5)
     assert word.word == "self" and word.z > 4 and 3 < word.ratio < 14
     assert typical(own, own, most=5) == ()
+    one = Counter({"data": 50.0})
+    assert typical(one, Counter({"data": 0.0}), most=5) == (), "a word with no other has no odds"
 
 
 def test_names_show_what_they_rest_on_and_nobody_gets_one_for_nothing():

@@ -71,20 +71,24 @@ def open_rows(experiment: Experiment, conditions: Conditions, path: Path | None)
         "device": conditions.device,
     }
     file = RowFile(path, head, KEY)
-    now = {name: identity(method) for name, method in known_methods(file, conditions).items()}
-    for row in file.rows.values():
-        if now.get(row["method"]) != row["identity"]:
-            raise K1Error(
-                f"{path} holds runs of a {row['method']} that is defined otherwise now: name "
-                "another file"
-            )
+    check_methods(file, conditions.methods)
     return file
 
 
-def known_methods(file: RowFile, conditions: Conditions) -> dict[str, Method]:
-    """The methods that a file has rows of."""
+def check_methods(file: RowFile, known: Mapping[str, Method] = METHODS) -> None:
+    """See that a file's rows are of methods as they are defined now.
+
+    Raises:
+        K1Error: if not.
+    """
     names = [row["method"] for row in file.rows.values()]
-    return {method.name: method for method in choose_methods(names, conditions.methods)}
+    now = {method.name: identity(method) for method in choose_methods(names, known)}
+    for row in file.rows.values():
+        if now.get(row["method"]) != row["identity"]:
+            raise K1Error(
+                f"{file.path} holds runs of a {row['method']} that is defined otherwise now: name "
+                "another file"
+            )
 
 
 def identity(method: Method) -> str:
@@ -154,6 +158,14 @@ def budget(learner: Learner, experiment: Experiment) -> float:
     return experiment.steps * step_flops(config, learner.arena.vocab_size, len(tree.blocks), 0)
 
 
+def phase_steps(learner: Learner, experiment: Experiment) -> int:
+    """Steps of a learner's present phase."""
+    if not experiment.equal_flops:
+        return experiment.steps
+    most = learner.longest * experiment.steps
+    return max(1, round(min(budget(learner, experiment) / learner.step_flops(), most)))
+
+
 def go_through(
     learner: Learner, experiment: Experiment, seen: Views, deadline: float = math.inf
 ) -> list[Row]:
@@ -167,16 +179,12 @@ def go_through(
     matrix: dict[str, list[list[list[float]]]] = {view: [] for view in VIEWS}
     curve: list[tuple[int, list[list[float]]]] = []
     steps: list[int] = []
-    allowed = budget(learner, experiment)
     for phase in range(phases):
         learner.begin(phase)
         if phase == 0:
             for view in VIEWS:
                 matrix[view].append(learner.measure(seen, view))
-        total = experiment.steps
-        if experiment.equal_flops:
-            most = learner.longest * experiment.steps
-            total = max(1, round(min(allowed / learner.step_flops(), most)))
+        total = phase_steps(learner, experiment)
         done = 0
         for share in (*experiment.checks, 1.0):
             goal = max(done + 1, round(share * total))

@@ -139,10 +139,11 @@ class GrownLearner(Learner):
         return slot
 
     def _count(self, lane: int, slot: int) -> None:
-        """Count the first batches of the new text for a block."""
+        """Count the first batches that the phase trains on for a block."""
         a, run = self.arena, self.runs[lane]
-        shares = [float(domain == self.domain(lane)) for domain in self.store.domains]
-        mix = torch.tensor([shares], device=a.device)
+        shares = self.mix(run.order)
+        row = [shares.get(domain, 0.0) for domain in self.store.domains]
+        mix = torch.tensor([row], device=a.device)
         seed = torch.tensor([derive_seed("grow", run.seed, self.phase)], device=a.device)
         where = torch.tensor([[slot]], device=a.device)
         windows = a.config.train.batch

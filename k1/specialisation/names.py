@@ -70,6 +70,8 @@ def typical(
         most: how many to return.
         strength: words that the prior counts for.
     """
+    if len(own.keys() | rest.keys()) < 2:  # a word with no other has no odds
+        return ()
     total_own, total_rest = sum(own.values()), sum(rest.values())
     total = total_own + total_rest
     found = []

@@ -1,0 +1,111 @@
+"""Do agents specialise, is it more than chance, and does it matter? Over methods and seeds.
+
+python scripts/specialists.py --data DIR --results specialists.jsonl
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from k1.cli import optional, run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train systems on domains one after another and on nulls, and study their specialists."""
+
+    experiment: str = "pilot"
+    """Whose settings they are trained by (scripts/experiment.py --list tells)."""
+    methods: str = "k1-full-path,k1-own-grow,k1-evidence"
+    """Methods whose system is one tree (of versions, the last), apart by commas."""
+    situations: str = "three,same,joint"
+    """Domains one after another (three), one domain dealt out to as many (same), all at once
+    (joint)."""
+    same: Annotated[str | None, optional("DOMAIN")] = None
+    """The domain that is dealt out (default: the first)."""
+    seeds: int = 3
+    """Seeds 1..N, side by side; each has an order of the domains, in turn."""
+    steps: Annotated[int | None, optional("N")] = None
+    """Steps of a dense run in each phase (default: the experiment's)."""
+    data: str = "builtin"
+    """Text: builtin, hub or a folder of <domain>/{train,validation,test}.txt."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    results: Annotated[Path | None, optional("FILE")] = None
+    """Keep a row of JSON for each system that was studied; what is there is not repeated."""
+    max_minutes: Annotated[float | None, optional("M")] = None
+    """Stop after this time and report what is finished (default: no limit)."""
+    markdown: Annotated[Path | None, optional("FILE")] = None
+    """Write the tables as a page."""
+
+
+def main(arguments: Arguments) -> int:
+    """Make and study the missing systems, print the tables, write the page."""
+    import platform
+    import time
+
+    from k1.cli import check_outputs, prepare_torch
+    from k1.errors import K1Error
+    from k1.tables import console
+    from k1.trainer import pick_device
+
+    minutes = math.inf if arguments.max_minutes is None else arguments.max_minutes
+    if not minutes > 0:
+        raise K1Error("--max-minutes is more than 0: leave it out, or give more")
+    check_outputs(arguments.results, arguments.markdown)
+    device = pick_device(arguments.device).type
+    prepare_torch(device)
+
+    import torch
+
+    from k1.data import load_data
+    from k1.durable import write_atomically
+    from k1.experiments.plans import choose_experiment
+    from k1.experiments.runner import Conditions
+    from k1.specialisation.summary import markdown, tables
+    from k1.specialisation.trained import ask, open_rows, run_studies
+
+    began, page = time.monotonic(), console()
+    experiment = choose_experiment(
+        arguments.experiment,
+        methods=tuple(arguments.methods.split(",")),
+        seeds=arguments.seeds,
+        steps=arguments.steps,
+        orders="all",
+    )
+    data = load_data(experiment.config(arguments.data).data)
+    asked = ask(experiment, arguments.situations.split(","), data, arguments.same)
+    page.print(data.describe(), highlight=False)
+    conditions = Conditions(
+        data,
+        arguments.data,
+        device,
+        deadline=began + 60 * minutes,
+        say=lambda line: page.print(line, highlight=False),
+    )
+    rows = run_studies(asked, conditions, open_rows(asked, conditions, arguments.results))
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    command = re.sub(r"--(results|markdown|data)[ =]\S+", r"--\1 ...", " ".join(sys.argv))
+    about = [
+        f"Command: `python {command}`, {time.monotonic() - began:.0f} s in this call.",
+        f"Device: {device} ({processor}); PyTorch {torch.__version__}.",
+        f"{len(rows)} systems trained as in {experiment.name}, {experiment.steps} steps of a dense "
+        f"run in each phase, at a learning rate of {experiment.rates[-1]:g}, studied on "
+        f"{conditions.pool} windows.",
+    ]
+    for table in tables(rows):
+        page.print(table.shown())
+    for line in about:
+        page.print(line, markup=False, highlight=False)
+    if arguments.markdown is not None:
+        write_atomically(arguments.markdown, markdown(rows, about).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    run(Arguments, main)
