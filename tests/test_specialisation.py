@@ -13,12 +13,13 @@ import torch
 from k1.data import POOLS
 from k1.errors import TopologyError
 from k1.experiments.nulls import documents_of, same_domain
+from k1.experiments.reading import Passages, cut_passages
 from k1.specialisation import information as info
 from k1.specialisation.ablation import bits, harm, without
 from k1.specialisation.agents import study
 from k1.specialisation.names import NOTHING, kind_of, nicknames, typical
 from k1.specialisation.ngrams import BigramClassifier, path_ratios, reasons
-from k1.specialisation.observe import by_level, observe, trace
+from k1.specialisation.observe import by_level, each_window, observe, trace
 from k1.specialisation.trust import Trust, trust
 from tests.reference import Reference, count_text, loop_evidence, next_batch, shake
 
@@ -156,6 +157,43 @@ def test_an_observation_has_a_row_for_each_window(make):
 
 
 # -- ablation -------------------------------------------------------------------------------------
+
+
+def test_in_documents_routing_goes_on_with_what_it_has_gathered(make):
+    trainer = taught(make, evidence={"tau": 0.3})
+    texts = {
+        domain: cut_passages(trainer.store, "validation", domain, passages=3, length=3)
+        for domain in trainer.data.domains
+    }
+    seen = observe(trainer.engine, trainer.lane, texts)
+    assert len(seen.label) == sum(1 for text in texts.values() for _ in each_window(text))
+    after, alone = [], []
+    row = 0
+    for number, text in enumerate(texts.values()):
+        own = list(seen.slots).index(trainer.tree.slot_of(number + 1))
+        for batch, goes_on in each_window(text):
+            found = trace(trainer.engine, trainer.lane, batch).routing[seen.slots[own]]
+            if goes_on:
+                after.append(seen.routing[row, own])
+                alone.append(float(found))
+            else:
+                assert seen.routing[row, own] == pytest.approx(float(found))
+            row += 1
+    assert len(after) > 4 and np.mean(after) > np.mean(alone)
+
+    # The losses of these windows are those of reading: the evidence is the same.
+    domain = trainer.data.domains[0]
+    text = texts[domain]
+    full = Passages(*(t[:1] for t in (text.inputs, text.targets, text.starts, text.counts)))
+    assert full.counts.all()
+    nats, router, length = 0.0, None, 0.0
+    for batch, _ in each_window(full):
+        found = trace(trainer.engine, trainer.lane, batch, router)
+        nats, router = nats + float(found.nats.double().sum()), found.router
+        length += float(trainer.store.token_bytes[batch.targets].sum())
+    whole = trainer.arena.forest(trainer.lane, trainer.lane + 1)
+    expected = bits(trainer.engine, whole, {domain: full})[domain]
+    assert nats / math.log(2) / length == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("router", ["mean", "learned"])

@@ -10,7 +10,7 @@ import pytest
 
 from k1.data import TextData
 from k1.errors import ConfigError, K1Error
-from k1.experiments.learner import Run
+from k1.experiments.learner import VIEWS, Run
 from k1.experiments.methods import METHODS
 from k1.experiments.plans import Experiment
 from k1.experiments.runner import Conditions
@@ -97,7 +97,7 @@ def made(situation, seed, bits, p=0.001):
         for own in domains
     }
     return {
-        "method": "m", "situation": situation, "seed": seed,
+        "method": "m", "situation": situation, "seed": seed, "view": "windows",
         "information": {key: {"bits": tested, "share": share} for key in summary.ORDERED},
         "accuracy": {"routing": 0.9, "bigrams": 0.98},
         "specialists": tops,
@@ -166,6 +166,15 @@ def test_what_was_not_measured_is_not_known():
     assert summary.tables([]) == []
     page = summary.markdown(rows_of(), ["told"])
     assert page.startswith("# Specialists\n\n- told\n") and page.count("\n|---|") == 4
+    assert page.count("Windows: ") == 4
+
+
+def test_views_are_not_mixed():
+    rows = rows_of()
+    other = [{**made(row["situation"], row["seed"], 0.0), "view": "passages"} for row in rows]
+    found = [table.rows for table in summary.tables([*rows, *other])]
+    assert found[:4] == [table.rows for table in summary.tables(rows)]
+    assert found[4][0][2] == "0.000 ± 0.000" and found[7][0][-1] == "no"
 
 
 # -- training and studying ------------------------------------------------------------------------
@@ -174,27 +183,28 @@ def test_what_was_not_measured_is_not_known():
 def test_rows_are_whole_and_resumed_without_a_change(conditions: Conditions, tmp_path: Path):
     whole = ask(SHORT, SITUATIONS, conditions.data)
     rows = run_studies(whole, conditions, open_rows(whole, conditions, None))
-    assert [(r["situation"], r["seed"]) for r in rows] == [
-        (situation, seed) for situation in SITUATIONS for seed in (1, 2)
+    assert [(r["situation"], r["seed"], r["view"]) for r in rows] == [
+        (situation, seed, view) for situation in SITUATIONS for seed in (1, 2) for view in VIEWS
     ]
     assert {r["lr"] for r in rows} == {3e-3}
-    assert [r["order"] for r in rows[:2]] == [
+    assert [r["order"] for r in rows[:4:2]] == [
         ["alpha", "beta", "gamma"], ["alpha", "gamma", "beta"],
     ]  # fmt: skip
-    assert rows[2]["order"] == ["alpha 1", "alpha 2", "alpha 3"]
+    assert rows[4]["order"] == ["alpha 1", "alpha 2", "alpha 3"]
     for row in rows:
-        assert set(row["specialists"]) == set(row["order"]) and row["windows"] == 12
+        assert set(row["specialists"]) == set(row["order"])
+        assert row["windows"] == 12 if row["view"] == "windows" else 3 <= row["windows"] <= 24
         assert len(row["agents"]) == 6 and all(map(math.isfinite, row["loss"].values()))
         assert len(row["steps"]) == 3 and all(row["steps"])
-    assert len(summary.tables(rows)) == 4
+    assert len(summary.tables(rows)) == 8
 
     part = ask(replace(SHORT, seeds=1), (SAME,), conditions.data)
     file = tmp_path / "rows"
     run_studies(part, conditions, open_rows(part, conditions, file))
     text = file.read_text()
-    file.write_text(text + '{"method": "k1')  # a crash
+    file.write_text(text[: text.rfind("\n", 0, -1)] + '\n{"method": "k1')  # a crash between views
     again = run_studies(whole, conditions, open_rows(whole, conditions, file))
-    assert file.read_text().startswith(text) and len(file.read_text().splitlines()) == 7
+    assert len(file.read_text().splitlines()) == 13
     assert plain(again) == plain(rows)
     before = file.read_bytes()
     assert run_studies(whole, conditions, open_rows(whole, conditions, file)) == again
@@ -220,7 +230,7 @@ def test_a_run_that_diverges_is_named(conditions: Conditions):
 def test_of_versions_the_last_is_studied(conditions: Conditions):
     plan = replace(SHORT, methods=("k1-versions",), seeds=1)
     asked = ask(plan, (THREE,), conditions.data)
-    (row,) = run_studies(asked, conditions, open_rows(asked, conditions, None))
+    row, _ = run_studies(asked, conditions, open_rows(asked, conditions, None))
     assert set(row["specialists"]) == set(conditions.data.domains)
 
 
@@ -270,7 +280,7 @@ def test_the_command_studies_resumes_and_writes_a_page(tmp_path: Path):
              "--methods", "k1-evidence", "--results", results]  # fmt: skip
     first = call(SPECIALISTS, *short, "--seeds", "1", "--situations", "three")
     assert first.returncode == 0, first.stderr
-    assert len(results.read_text().splitlines()) == 2
+    assert len(results.read_text().splitlines()) == 3
     again = call(
         SPECIALISTS, *short, "--seeds", "2", "--situations", "three,same", "--markdown", page
     )
@@ -278,7 +288,7 @@ def test_the_command_studies_resumes_and_writes_a_page(tmp_path: Path):
     assert "k1-evidence, three: 1 runs" in again.stdout
     assert "k1-evidence, same: 2 runs" in again.stdout
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert rows[0]["kind"] == "specialists" and len(rows) == 5
+    assert rows[0]["kind"] == "specialists" and len(rows) == 9
     written = page.read_text()
     assert written.startswith("# Specialists") and "three - same" in written
     assert str(tmp_path) not in written

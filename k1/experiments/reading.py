@@ -65,26 +65,26 @@ def cut_passages(store: TokenStore, pool: str, domain: str, passages: int, lengt
 
 def read_passages(engine: Engine, passages: Passages) -> list[float]:
     """Bits per byte of every lane of an engine's arena on passages."""
-    lanes = engine.arena.lanes
+    arena = engine.arena
     return [
         bits
-        for start, stop in cut(0, lanes, engine.chunk)
-        for bits in _read(engine, start, stop, passages)
+        for start, stop in cut(0, arena.lanes, engine.chunk)
+        for bits in read_with(engine, arena.forest(start, stop), passages)
     ]
 
 
 @torch.no_grad()
-def _read(engine: Engine, start: int, stop: int, passages: Passages) -> list[float]:
-    """Bits per byte of lanes start..stop."""
-    forest, size = engine.arena.forest(start, stop), engine.arena.config.train.batch
+def read_with(engine: Engine, forest: Forest, passages: Passages) -> list[float]:
+    """Bits per byte of every tree of a forest on passages."""
+    lanes, size = len(forest.rows), engine.arena.config.train.batch
     pieces = forest.shared_layout.unpack(forest.shared)
-    nats, length = torch.zeros(2, stop - start, dtype=torch.float64, device=engine.arena.device)
+    nats, length = torch.zeros(2, lanes, dtype=torch.float64, device=engine.arena.device)
     for first in range(0, len(passages.inputs), size):
         router = forest.router
         for window in range(passages.inputs.shape[1]):
             part = slice(first, first + size), window
             parts = (t[part] for t in (passages.inputs, passages.targets, passages.starts))
-            inputs, targets, starts = (t.expand(stop - start, *t.shape) for t in parts)
+            inputs, targets, starts = (t.expand(lanes, *t.shape) for t in parts)
             counts = passages.counts[part].flatten()
             batch = Batch(inputs, targets, starts, inputs[..., 0])
             output = outputs(engine, replace(forest, router=router), batch)

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from k1.engine import Engine
 from k1.errors import TopologyError
+from k1.experiments.reading import read_with
 from k1.forward import Batch, Forest
 from k1.measure import forest_bits
+from k1.specialisation.observe import HeldOut
 from k1.topology import ROOT_SLOT
 
 WAYS = ("removed", "bypassed")
@@ -48,19 +50,25 @@ def without(engine: Engine, lane: int, slot: int, way: str) -> Forest:
     return replace(forest, rows=rows)
 
 
-def bits(engine: Engine, forest: Forest, windows: Mapping[str, Batch]) -> dict[str, float]:
-    """Bits per byte of one tree on each domain's windows [1, B, T]."""
-    return {name: float(forest_bits(engine, forest, batch)[0]) for name, batch in windows.items()}
+def bits(engine: Engine, forest: Forest, texts: Mapping[str, HeldOut]) -> dict[str, float]:
+    """Bits per byte of one tree on each domain's text."""
+
+    def of(text: HeldOut) -> float:
+        if isinstance(text, Batch):
+            return float(forest_bits(engine, forest, text)[0])
+        return read_with(engine, forest, text)[0]
+
+    return {name: of(text) for name, text in texts.items()}
 
 
 def harm(
-    engine: Engine, lane: int, slots: Iterable[int], windows: Mapping[str, Batch]
+    engine: Engine, lane: int, slots: Iterable[int], texts: Mapping[str, HeldOut]
 ) -> dict[int, dict[str, float]]:
-    """Bits per byte that each domain's windows [1, B, T] lose without each of some agents."""
-    whole = bits(engine, engine.arena.forest(lane, lane + 1), windows)
+    """Bits per byte that each domain's text loses without each of some agents."""
+    whole = bits(engine, engine.arena.forest(lane, lane + 1), texts)
     found = {}
     for slot in slots:
-        less = bits(engine, without(engine, lane, slot, way_for(engine, lane, slot)), windows)
+        less = bits(engine, without(engine, lane, slot, way_for(engine, lane, slot)), texts)
         found[slot] = {name: less[name] - value for name, value in whole.items()}
     return found
 

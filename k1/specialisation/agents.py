@@ -9,7 +9,6 @@ import numpy as np
 
 from k1.data.tokenizer import Tokenizer
 from k1.engine import Engine
-from k1.forward import Batch
 from k1.specialisation.ablation import harm, way_for
 from k1.specialisation.information import (
     Information,
@@ -21,7 +20,7 @@ from k1.specialisation.information import (
 )
 from k1.specialisation.names import Nickname, nicknames
 from k1.specialisation.ngrams import BigramClassifier
-from k1.specialisation.observe import Observation, observe
+from k1.specialisation.observe import HeldOut, Observation, each_window, observe
 
 MEASURES = ("routing", "responsibility")
 WINDOWS = 96
@@ -67,25 +66,25 @@ class Study:
 def study(
     engine: Engine,
     lane: int,
-    windows: Mapping[str, Batch],
+    texts: Mapping[str, HeldOut],
     tokenizer: Tokenizer,
     draws: int = 999,
 ) -> Study:
-    """Study a lane on windows [1, B, T] of each domain, in the order of the store.
+    """Study a lane on held-out text of each domain, in the order of the store.
 
     Args:
         engine: has the lane.
         lane: which.
-        windows: held-out text of every domain.
+        texts: windows, or documents, of every domain.
         tokenizer: turns tokens into text.
         draws: permutations of the labels.
     """
-    seen = observe(engine, lane, windows)
+    seen = observe(engine, lane, texts)
     tree, domains = engine.arena.trees[lane], len(seen.domains)
     weights = {"routing": seen.routing, "responsibility": seen.responsibility}
     shares = {name: domain_shares(w, seen.label, domains) for name, w in weights.items()}
     called = nicknames([tokenizer.decode(row) for row in seen.tokens], seen.responsibility)
-    lost = harm(engine, lane, seen.slots, windows)
+    lost = harm(engine, lane, seen.slots, texts)
     agents = []
     for number, slot in enumerate(seen.slots):
         by_domain = {
@@ -110,7 +109,7 @@ def study(
         tuple(agents),
         tuple(tree.blocks[slot].id for slot in seen.leaf_slots),
         {n: information(seen.leaves(w), seen.label, domains, draws) for n, w in weights.items()},
-        _accuracy(engine, windows, seen, weights),
+        _accuracy(engine, texts, seen, weights),
     )
 
 
@@ -121,7 +120,7 @@ def _even(weight: Weights, seen: Observation) -> Weights:
 
 
 def _accuracy(
-    engine: Engine, windows: Mapping[str, Batch], seen: Observation, weights: dict[str, Weights]
+    engine: Engine, texts: Mapping[str, HeldOut], seen: Observation, weights: dict[str, Weights]
 ) -> dict[str, float]:
     """How often the domain is told right."""
     domains = len(seen.domains)
@@ -132,6 +131,7 @@ def _accuracy(
     classifier = BigramClassifier.fit(engine.store, engine.arena.config.evidence)
     right = sum(
         int((classifier.classify(batch) == engine.store.domains.index(domain)).sum())
-        for domain, batch in windows.items()
+        for domain, text in texts.items()
+        for batch, _ in each_window(text)
     )
     return {**found, "bigrams": right / len(seen.label), "chance": 1 / domains}

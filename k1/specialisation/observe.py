@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -19,9 +19,14 @@ from torch import Tensor
 
 from k1.attribution import responsibilities
 from k1.engine import Engine
+from k1.experiments.reading import Passages
 from k1.forward import Batch, RouterState, read_text, token_losses
 from k1.specialisation.information import Labels, Weights
 from k1.topology import ROOT_SLOT, Topology
+
+HeldOut = Batch | Passages
+"""Held-out text of a domain: windows [1, B, T], each on its own, or documents read from their
+start, window after window."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +98,51 @@ class Observation:
         return tuple(s for s, leaf in zip(self.slots, self.is_leaf, strict=True) if leaf)
 
 
-def observe(engine: Engine, lane: int, windows: Mapping[str, Batch]) -> Observation:
-    """Trace a lane on windows [1, B, T] of each domain, one by one."""
+def each_window(text: HeldOut) -> Iterator[tuple[Batch, bool]]:
+    """Windows [1, 1, T] of a text, and whether each goes on where the last one has ended.
+
+    Of a document they are those that are full.
+    """
+    if isinstance(text, Batch):
+        for at in range(text.inputs.shape[1]):
+            yield text.map(itemgetter((slice(None), slice(at, at + 1)))), False
+        return
+    for document in range(len(text.inputs)):
+        for window in range(text.inputs.shape[1]):
+            here = document, slice(window, window + 1)
+            if not text.counts[here].all():
+                break
+            inputs, targets, starts = (
+                t[here][None] for t in (text.inputs, text.targets, text.starts)
+            )
+            yield Batch(inputs, targets, starts, inputs[..., 0]), window > 0
+
+
+def observe(engine: Engine, lane: int, texts: Mapping[str, HeldOut]) -> Observation:
+    """Trace a lane on text of each domain, window by window.
+
+    In documents, routing goes on with what it has gathered in the windows before.
+    """
     tree = engine.arena.trees[lane]
     slots = tuple(sorted(slot for slot in tree.blocks if slot != ROOT_SLOT))
     columns = list(slots)
     responsible, routed, label, tokens = [], [], [], []
-    for number, batch in enumerate(windows.values()):
-        for at in range(batch.inputs.shape[1]):
-            found = trace(engine, lane, batch.map(itemgetter((slice(None), slice(at, at + 1)))))
+    for number, text in enumerate(texts.values()):
+        router = None
+        for batch, goes_on in each_window(text):
+            found = trace(engine, lane, batch, router if goes_on else None)
+            router = found.router
             responsible.append(found.responsibility[columns].cpu().double().numpy())
             routed.append(found.routing[columns].cpu().double().numpy())
             label.append(number)
-            tokens.append(batch.inputs[0, at].cpu())
+            tokens.append(batch.inputs[0, 0].cpu())
     return Observation(
         slots,
         tuple(tree.is_leaf(slot) for slot in slots),
         by_level(np.stack(responsible), tree, slots),
         np.stack(routed),
         np.array(label, dtype=np.int64),
-        tuple(windows),
+        tuple(texts),
         torch.stack(tokens),
     )
 

@@ -1,5 +1,7 @@
 """What rows of studied systems say: tables, and whether there are specialists.
 
+Each view has tables of its own: windows that stand alone, and documents read from their start.
+
 There are, in a method's systems, if on held-out text
 
 * in each of them the leaves tell more about domains, and the most specialised of them has a larger
@@ -16,7 +18,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
+from k1.experiments.learner import VIEWS
 from k1.experiments.report import NONE
 from k1.experiments.significance import holm, interval, paired_p
 from k1.row_file import Row
@@ -186,9 +190,15 @@ def _above(gap: Gap | None) -> bool | None:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """All tables that there are rows for."""
+    """All tables that there are rows for, view by view."""
     made = (information_table, null_table, specialist_table, criterion_table)
-    return [table for table in (make(rows) for make in made) if table.rows]
+    found = []
+    for view in VIEWS:
+        own = [row for row in rows if row["view"] == view]
+        found += [
+            replace(table, title=f"{view}: {table.title}") for table in (f(own) for f in made)
+        ]
+    return [table for table in found if table.rows]
 
 
 def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:

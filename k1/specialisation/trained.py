@@ -17,7 +17,7 @@ from typing import Any
 
 from k1.data import TextData
 from k1.errors import ConfigError, K1Error
-from k1.experiments.learner import Learner, Run
+from k1.experiments.learner import VIEWS, Learner, Run
 from k1.experiments.method import Method
 from k1.experiments.methods import METHODS, choose_methods
 from k1.experiments.mixture import MixtureLearner
@@ -34,7 +34,7 @@ from k1.experiments.runner import (
     identity,
     phase_steps,
 )
-from k1.experiments.stream import orders_of, stream_domains
+from k1.experiments.stream import orders_of, stream_domains, views
 from k1.experiments.tree_learners import SeparateLearner
 from k1.row_file import Row, RowFile
 from k1.sampling import TokenStore
@@ -45,7 +45,7 @@ from k1.specialisation.information import Information
 THREE, SAME, JOINT = "three", "same", "joint"
 SITUATIONS = (THREE, SAME, JOINT)
 """The domains one after another; one domain dealt out to as many; all domains at once."""
-KEY = ("method", "situation", "seed")
+KEY = ("method", "situation", "seed", "view")
 MATTERS = 0.1
 """A leaf that has less than this share of the responsibility of the leaf that has most is nobody's
 top specialist: what hardly moves anything may be of one domain by chance."""
@@ -153,11 +153,12 @@ def run_studies(asked: Asked, conditions: Conditions, file: RowFile) -> list[Row
             store = TokenStore(text, config.model.context, conditions.device)
             for method in choose_methods(asked.experiment.methods):
                 runs = asked.runs(method, text)
-                planned += [{**as_row(run), "situation": situation} for run in runs]
+                own = {run: asked_rows(run, situation) for run in runs}
+                planned += [row for rows in own.values() for row in rows]
                 missing = [
-                    r
-                    for r, p in zip(runs, planned[-len(runs) :], strict=True)
-                    if file.key(p) not in file.rows
+                    run
+                    for run, rows in own.items()
+                    if any(file.key(row) not in file.rows for row in rows)
                 ]
                 if not missing:
                     continue
@@ -174,19 +175,25 @@ def run_studies(asked: Asked, conditions: Conditions, file: RowFile) -> list[Row
                     conditions.say(f"{method.name}, {situation}: out of time")
                     continue
                 for row in rows:
-                    own = {"situation": situation, "identity": identity(method)}
-                    file.add({**row, **own})
+                    row |= {"situation": situation, "identity": identity(method)}
+                    if file.key(row) not in file.rows:  # it may have stopped between two views
+                        file.add(row)
                 conditions.say(
-                    f"{method.name}, {situation}: {len(rows)} runs, {rows[0]['seconds']:.0f} s"
+                    f"{method.name}, {situation}: {len(missing)} runs, {rows[0]['seconds']:.0f} s"
                 )
     keys = [file.key(row) for row in planned]
     return [file.rows[key] for key in keys if key in file.rows]
 
 
+def asked_rows(run: Run, situation: str) -> list[Row]:
+    """The parts of a run's rows that tell which they are: a row for each view."""
+    return [{**as_row(run), "situation": situation, "view": view} for view in VIEWS]
+
+
 def train_and_study(
     learner: Learner, experiment: Experiment, text: TextData, conditions: Conditions
 ) -> list[Row]:
-    """Take a method's runs through their streams and study each; returns a row for each.
+    """Take a method's runs through their streams and study each; returns a row for each and view.
 
     Raises:
         OutOfTime: if the time is used up before all are trained.
@@ -201,17 +208,18 @@ def train_and_study(
         steps.append(total)
     trained = time.monotonic() - began
     engine, count = learner.engine, learner.base.train.eval_windows
-    windows = {d: learner.store.spread(conditions.pool, d, count) for d in learner.store.domains}
+    seen = views(learner.store, conditions.pool, count, experiment.passage)
     rows = []
     for lane, run in enumerate(learner.runs):
-        loss = bits(engine, engine.arena.forest(lane, lane + 1), windows)
-        if not all(map(math.isfinite, loss.values())):
-            raise K1Error(
-                f"{run.method} has diverged with seed {run.seed}: leave the method out, or choose "
-                "an experiment with a lower learning rate"
-            )
-        found = study(engine, lane, windows, text.tokenizer)
-        rows.append({**as_row(run), "steps": steps, "loss": loss, **as_data(found)})
+        for view, texts in (("windows", seen.windows), ("passages", seen.passages)):
+            loss = bits(engine, engine.arena.forest(lane, lane + 1), texts)
+            if not all(map(math.isfinite, loss.values())):
+                raise K1Error(
+                    f"{run.method} has diverged with seed {run.seed}: leave the method out, or "
+                    "choose an experiment with a lower learning rate"
+                )
+            found = as_data(study(engine, lane, texts, text.tokenizer))
+            rows.append({**as_row(run), "view": view, "steps": steps, "loss": loss, **found})
     seconds = {"seconds": time.monotonic() - began, "seconds_trained": trained}
     return [{**row, **seconds, "lanes": learner.lanes} for row in rows]
 
