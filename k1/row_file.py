@@ -40,32 +40,21 @@ class RowFile:
         self.rows: dict[Hashable, Row] = {}
         if path is None:
             return
-        try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line off
-            lines = [parse_json(line.encode()) for line in whole.splitlines()]
-        except (OSError, ValueError) as error:
-            raise K1Error(
-                f"{path} cannot be read as records ({error}): name another file"
-            ) from None
+        text = _read(path) if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line off
+        lines = _lines(path, whole)
         first = canonical_json(self.head) + "\n"
         if not lines and first.startswith(text):  # new, or its first line was cut off
             self._write(first, "w")
             return
         self._check_head(lines[0] if lines else None)
-        try:
-            self.rows = {self.key(row): row for row in lines[1:]}
-        except (KeyError, TypeError):
-            raise K1Error(f"{path} holds a line that is no record: name another file") from None
+        self.rows = _by_key(path, names, lines[1:])
         if whole != text:
             self._write(whole, "w")
 
     def key(self, row: Row) -> Hashable:
         """The key of a row; lists in it become tuples."""
-        values = [row[name] for name in self.names]
-        key = tuple(tuple(v) if isinstance(v, list | tuple) else v for v in values)
-        hash(key)
-        return key
+        return _key(row, self.names)
 
     def add(self, row: Row) -> None:
         """Add a row; it is on the disk before this returns.
@@ -126,3 +115,56 @@ class RowFile:
                 f"{self.path} holds records with other {', '.join(other)}: name another file, or "
                 "ask for the same"
             )
+
+
+def read_rows(path: Path, names: tuple[str, ...]) -> tuple[Row, list[Row]]:
+    """Read a file of rows, whatever they are about, and leave it as it is.
+
+    Args:
+        path: the file.
+        names: fields of a row that are its key.
+
+    Returns:
+        Its head, without the format, and its rows.
+
+    Raises:
+        K1Error: if it cannot be read, is of another format, or ends within a line.
+    """
+    text = _read(path)
+    if not text.endswith("\n"):
+        raise K1Error(
+            f"{path} is empty or ends within a line: let the command that writes it finish, or "
+            "start that again"
+        )
+    head, *lines = _lines(path, text)
+    if not isinstance(head, dict) or head.pop("format", None) != FORMAT:
+        raise K1Error(f"{path} holds no records of this version of K-1: name another file")
+    return head, list(_by_key(path, names, lines).values())
+
+
+def _key(row: Row, names: tuple[str, ...]) -> Hashable:
+    values = [row[name] for name in names]
+    key = tuple(tuple(v) if isinstance(v, list | tuple) else v for v in values)
+    hash(key)
+    return key
+
+
+def _by_key(path: Path, names: tuple[str, ...], lines: list[Any]) -> dict[Hashable, Row]:
+    try:
+        return {_key(row, names): row for row in lines}
+    except (KeyError, TypeError):
+        raise K1Error(f"{path} holds a line that is no record: name another file") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise K1Error(f"{path} cannot be read as records ({error}): name another file") from None
+
+
+def _lines(path: Path, text: str) -> list[Any]:
+    try:
+        return [parse_json(line.encode()) for line in text.splitlines()]
+    except ValueError as error:
+        raise K1Error(f"{path} cannot be read as records ({error}): name another file") from None

@@ -75,13 +75,22 @@ def main(arguments: Arguments) -> int:
         check_plot(arguments.plot)
     check_outputs(arguments.results, arguments.markdown, arguments.plot)
 
-    from k1.experiments.page import read_results
-
     if arguments.from_ is None:
         return report(arguments, make_runs(arguments), None)
+
+    from k1.errors import K1Error
+    from k1.experiments.page import check_reference, check_sweep, read_results
+
+    if arguments.results is not None or arguments.test or arguments.quick:
+        raise K1Error("--from makes no runs: leave --results, --test and --quick out")
     names = arguments.methods and tuple(arguments.methods.split(","))
-    sweep = None if arguments.tuned is None else read_results(arguments.tuned, names)
-    return report(arguments, read_results(arguments.from_, names), sweep)
+    results = read_results(arguments.from_, names)
+    check_reference(results, arguments.reference)
+    if arguments.tuned is None:
+        return report(arguments, results, None)
+    sweep = read_results(arguments.tuned, names)
+    check_sweep(results, sweep)
+    return report(arguments, results, sweep)
 
 
 def list_all() -> int:

@@ -9,15 +9,16 @@ import pytest
 
 from k1.data import TextData
 from k1.errors import ConfigError, K1Error
-from k1.experiments import methods, pictures, report
+from k1.experiments import methods, pictures
 from k1.experiments.methods import METHODS
-from k1.experiments.page import Results, markdown, read_results
+from k1.experiments.page import read_results
 from k1.experiments.plans import EXPERIMENTS, Experiment, choose_experiment
 from k1.experiments.runner import Conditions, open_rows, run_experiment
 from k1.experiments.tuning import read_tuned
 from k1.row_file import RowFile
 from policies.continual import CONTROLLED
 from tests.phase2_helpers import ROOT, call
+from tests.test_experiment_report import ROWS, row
 
 SCRIPT = ROOT / "scripts" / "experiment.py"
 SHORT = Experiment(
@@ -148,94 +149,6 @@ def refusal_of(file: RowFile) -> str:
     with pytest.raises(K1Error) as caught, file.lock():
         pass
     return str(caught.value)
-
-
-# -- the report ----------------------------------------------------------------------------------
-
-
-def row(method, seed, lr, matrix, **more):
-    bits = {view: matrix for view in ("windows", "passages")}
-    return {
-        "method": method, "order": ["a", "b"], "seed": seed, "lr": lr, "strength": 0.0,
-        "bits": bits, "curve": [[0, matrix[1]], [1, matrix[2]]], "steps": [4, 4], "flops": 2.0,
-        "parameters": 3, "moved": 0.5, "seconds": 6.0, "lanes": 2, "memory": None, **more,
-    }  # fmt: skip
-
-
-ROWS = [
-    *(row("dense", s, 1e-3, [[8, 8], [2, 7], [4 + s, 2]]) for s in (1, 2)),
-    *(row("dense", s, 3e-3, [[8, 8], [2, 7], [7, 1.9]]) for s in (1, 2)),
-    *(row("calm", s, 1e-3, [[8, 8], [2, 7], [2.1 + s / 10, 2.1]], flops=1.0) for s in (1, 2)),
-]
-
-
-def test_the_best_setting_has_the_least_mean_at_the_end():
-    assert report.best_settings(ROWS) == {"dense": (1e-3, 0.0), "calm": (1e-3, 0.0)}
-    diverged = [row("dense", 1, 1.0, [[8, 8], [2, 7], [None, 0.1]]), *ROWS]
-    assert report.best_settings(diverged)["dense"] == (1e-3, 0.0)
-
-
-def test_tables_say_who_forgets_and_at_what_price():
-    main = {line[0]: line for line in report.main_table(ROWS, "windows").rows}
-    assert main["dense"][1:3] == ["0.001", "2"] and main["dense"][5].startswith("3.500")
-    who = {line[0]: line for line in report.domain_table(ROWS, "windows").rows}
-    assert who["dense"][1] == "2.000 -> 5.500 (+175.0 %)"
-    cost = {line[0]: line for line in report.cost_table(ROWS, "dense").rows}
-    assert cost["calm"] == ["calm", "4 4", "0.50", "1.00", "50.0%", "3.0", "-"]
-    counted = [{**line, "memory": 3 * 2**31} for line in ROWS]
-    assert {line[-1] for line in report.cost_table(counted, "dense").rows} == {"3,072"}
-    line = {r[0]: r for r in report.frontier_table(ROWS, "dense", "windows").rows}
-    assert line["dense"][1:4] == ["2", "2", "+0.0 %"]
-    read = [float(cell) for cell in line["dense"][4:]]
-    assert read == pytest.approx([250.0, 221.5, 178.75, 175.0], abs=0.051)
-    assert line["calm"][1:6] == ["1", "2", "+10.5 %", "-", "-"]
-    tests = {r[0]: r for r in report.test_table(ROWS, "dense", "windows").rows}
-    assert list(tests) == ["calm"]
-    assert tests["calm"][3].startswith("+0.100") and tests["calm"][5].startswith("-162.5")
-
-
-def test_frontiers_compare_the_same_orders_and_seeds():
-    # The second seed is harder for all; a method that only had the first is not better for it.
-    rows = [
-        *(row("dense", s, 1e-3, [[8, 8], [2, 7], [4, 1.0 + s]]) for s in (1, 2)),
-        row("same", 1, 1e-3, [[8, 8], [2, 7], [3, 2.0]]),
-        row("elsewhere", 9, 1e-3, [[8, 8], [2, 7], [3, 0.1]]),
-    ]
-    line = {r[0]: r for r in report.frontier_table(rows, "dense", "windows").rows}
-    assert line["same"][1:5] == ["1", "1", "+0.0 %", "50.0"]
-    assert "elsewhere" not in line
-
-
-def test_the_first_table_has_what_matters_most():
-    first = report.tables(ROWS, "dense")[0]
-    lines = {line[0]: line for line in first.rows}
-    assert lines["dense"][4] == "+0.0 ± 0.0"
-    assert lines["calm"][1] == "2" and lines["calm"][4].startswith("+5.0")
-    assert lines["calm"][6:] == ["1.00", "50%", "0.50"]
-
-
-HEAD = {
-    "kind": "experiment", "pool": "validation", "device": "cpu",
-    "settings": json.loads(json.dumps(choose_experiment("ci", steps=7).settings())),
-}  # fmt: skip
-
-
-def test_the_page_has_every_table_and_how_it_was_made():
-    results = Results(HEAD, [{**line, "made_on": "Some CPU"} for line in ROWS])
-    text = markdown(results, "dense", METHODS)
-    assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 11
-    assert "6 runs on the **validation** pool" in text and "Some CPU; 18 s in all" in text
-    assert (
-        "`python scripts/experiment.py ci --data DIR --device cpu --seeds 2 --steps 7 "
-        "--rates 0.001,0.003 --methods dense,calm --results FILE`" in text
-    )
-    assert report.tables([], "dense") == []
-    assert len(report.tables(ROWS[-2:], "dense")) == 4  # without runs of the reference
-    test = Results({**HEAD, "pool": "test"}, ROWS[-2:])
-    swept = markdown(test, "dense", METHODS, sweep=results)
-    assert "--test --tuned SWEEP.jsonl" in swept and "Where the settings were chosen" in swept
-    assert swept.count("| method |") == 4 + 2 + 1  # frontiers of the sweep
-    assert markdown(Results(HEAD, []), "dense", {}).startswith("# Results")
 
 
 # -- the picture ---------------------------------------------------------------------------------

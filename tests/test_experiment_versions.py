@@ -1,6 +1,7 @@
 """Versions of what has moved: nothing is overwritten, and text finds its own by Bayes' rule."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,17 @@ import torch
 from k1.attribution import responsibilities
 from k1.config import EvidenceConfig
 from k1.evidence import hash_bigrams, history_mask
+from k1.experiments.inferred import believed
 from k1.experiments.learner import Learner
 from k1.experiments.ngrams import hash_ngrams, tables_for
+from k1.experiments.plans import Experiment
+from k1.experiments.reading import Passages
+from k1.experiments.runner import phase_steps
 from k1.experiments.stream import views
 from k1.experiments.tree_learners import MaskedEngine
 from k1.experiments.versions import VersionsLearner, posterior
+from k1.flops import step_flops
+from k1.forward import Batch
 from tests.experiment_helpers import Build, go, rows_of
 from tests.reference import same_bits
 
@@ -102,6 +109,49 @@ def test_ngrams_are_told_apart_by_their_tokens_and_stay_in_the_document(order):
     assert len(set(contexts.values())) == len(contexts)
 
 
+@pytest.mark.parametrize("name", ["k1-versions", "k1-versions-loss", "vary-trigrams"])
+def test_a_prediction_rests_on_nothing_that_comes_after(learn, name):
+    learner = go(learn(name), 3, STEPS)
+    text = views(learner.store, "validation", 6, 3).passages["beta"]
+    before, (documents, windows, time) = predicted(learner, text), text.inputs.shape
+    for cut in (5, time - 1, time, 2 * time + 1):
+        inputs, targets = text.inputs.flatten(1).clone(), text.targets.flatten(1).clone()
+        inputs[:, cut:] = (inputs[:, cut:] + 1) % 256
+        targets[:, cut - 1 :] = (targets[:, cut - 1 :] + 1) % 256
+        after = predicted(
+            learner,
+            replace(
+                text, inputs=inputs.view_as(text.inputs), targets=targets.view_as(text.targets)
+            ),
+        )
+        assert same_bits(before[..., : cut - 1], after[..., : cut - 1])
+        assert not torch.equal(before[..., cut:], after[..., cut:])
+    assert before.shape == (1, documents, windows * time)
+
+
+@torch.no_grad()
+def predicted(learner: VersionsLearner, text: Passages) -> torch.Tensor:
+    """Losses of all tokens of some passages, [L, D, N]."""
+    parts = (t.flatten(0, 1)[None] for t in (text.inputs, text.targets, text.starts))
+    inputs, targets, starts = parts
+    nats = learner.reading(0, 1)(Batch(inputs, targets, starts, inputs[..., 0]))
+    documents, windows, time = text.inputs.shape
+    return learner.believer(0, 1)(nats.unflatten(2, (documents, windows * time)), text)
+
+
+def test_by_loss_or_by_bigrams_is_not_the_same(learn):
+    found = []
+    for name in ("k1-versions", "k1-versions-loss"):
+        learner = go(learn(name), 2, STEPS)
+        text = views(learner.store, "validation", 6, 3).passages["beta"]
+        documents, windows, time = text.inputs.shape
+        generator = torch.Generator().manual_seed(0)
+        nats = torch.rand(2, 1, documents, windows * time, generator=generator)
+        found.append(learner.believer(0, 1)(nats, text))
+        starts = text.starts.flatten(1)
+    assert same_bits(found[1], believed(nats, starts)) and not torch.equal(*found)
+
+
 # -- nothing is overwritten ----------------------------------------------------------------------
 
 
@@ -177,3 +227,22 @@ def test_a_chain_is_one_path_of_the_tree(learn):
     config = learner.arena.config
     assert config.train == whole.arena.config.train
     assert config.update == whole.arena.config.update
+
+
+def test_tracing_is_paid_for(learn):
+    learner, free = go(learn("k1-versions"), 1, STEPS), go(learn("k1-versions-free"), 1, STEPS)
+    assert learner.flops == free.flops
+    a, before = learner.arena, learner.flops[0]
+    dense = a.config.replace(update={"mode": "dense"})
+    each = step_flops(dense, a.vocab_size, len(a.trees[0].blocks), 0)
+    learner.begin(1)
+    free.begin(1)
+    assert learner.flops[0] - before == pytest.approx(16 * each) and free.flops[0] == before
+
+
+def test_a_chain_makes_more_steps_for_the_flops_of_the_whole_tree(learn):
+    plan = Experiment("short", "for tests", ("dense",), steps=100)
+    whole, chain = learn("dense-versions"), learn("chain-versions")
+    assert phase_steps(whole, plan) == 100
+    ratio = whole.step_flops() / chain.step_flops()
+    assert ratio > 1.5 and phase_steps(chain, plan) == round(100 * ratio)

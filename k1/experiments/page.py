@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from k1.durable import canonical_json
 from k1.errors import K1Error
 from k1.experiments.method import Method
 from k1.experiments.plans import EXPERIMENTS
-from k1.experiments.report import tables
+from k1.experiments.report import best_settings, tables
 from k1.experiments.runner import KEY
-from k1.row_file import Row, RowFile
+from k1.row_file import Row, read_rows
 from k1.tables import Table
 
 
@@ -25,6 +24,10 @@ class Results:
     rows: Sequence[Row]
 
 
+FIELDS = ("bits", "curve", "steps", "flops", "parameters", "moved", "seconds", "lanes")
+"""What every row has besides its key."""
+
+
 def read_results(path: Path, methods: Sequence[str] | None = None) -> Results:
     """Read results, whatever they are about.
 
@@ -33,27 +36,58 @@ def read_results(path: Path, methods: Sequence[str] | None = None) -> Results:
         methods: the methods whose rows are wanted; None is all.
 
     Raises:
-        K1Error: if the file holds none.
+        K1Error: if the file holds none, or none of a method.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            head = json.loads(file.readline())
-        about = {name: value for name, value in head.items() if name != "format"}
-        if about["kind"] != "experiment" or about["pool"] not in ("validation", "test"):
-            raise ValueError("not of an experiment")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise K1Error(f"{path} cannot be read as results ({error}): name another file") from None
-    rows = list(RowFile(path, about, KEY).rows.values())
-    if methods is None:
-        return Results(about, rows)
-    found = [row for row in rows if row["method"] in methods]
-    if not found:
-        raise K1Error(f"{path} has no runs of {', '.join(methods)}: ask for others")
-    return Results(about, found)
+    head, rows = read_rows(path, KEY)
+    whole = all(name in row for row in rows for name in FIELDS)
+    if (
+        head.get("kind") != "experiment"
+        or not {"pool", "settings", "data"} <= set(head)
+        or not whole
+    ):
+        raise K1Error(f"{path} holds no results of an experiment: name another file")
+    found = {row["method"] for row in rows}
+    missing = [name for name in methods or () if name not in found]
+    if missing:
+        raise K1Error(f"{path} has no runs of {', '.join(missing)}: choose from {_listed(found)}")
+    return Results(head, [row for row in rows if methods is None or row["method"] in methods])
+
+
+def check_reference(results: Results, reference: str) -> None:
+    """See that there are runs of the method that others are compared with.
+
+    Raises:
+        K1Error: if not.
+    """
+    found = {row["method"] for row in results.rows}
+    if found and reference not in found:
+        raise K1Error(f"no runs of the reference {reference}: choose from {_listed(found)}")
+
+
+def check_sweep(results: Results, sweep: Results) -> None:
+    """See that a sweep can be where the settings of results were chosen.
+
+    Raises:
+        K1Error: if not.
+    """
+    if sweep.head["pool"] != "validation":
+        raise K1Error(f"the sweep was measured on {sweep.head['pool']}: settings are chosen on "
+                      "validation")  # fmt: skip
+    swept = {row["method"] for row in sweep.rows}
+    missing = {row["method"] for row in results.rows} - swept
+    if missing:
+        raise K1Error(f"the sweep has no runs of {_listed(missing)}: name another file")
+    for name in ("settings", "data"):
+        if canonical_json(sweep.head[name]) != canonical_json(results.head[name]):
+            raise K1Error(f"the sweep has other {name} than the results: name another file")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def how_made(results: Results) -> list[str]:
-    """Lines that tell what rows are about, and the command that makes them again."""
+    """Lines that tell what rows are about, and the command that makes them, if not some more."""
     head, rows = results.head, results.rows
     settings, test = head["settings"], head["pool"] == "test"
     where = ", ".join(sorted({row.get("made_on") or str(head["device"]) for row in rows}))
@@ -77,6 +111,9 @@ def _command(results: Results) -> str:
     alike = [e for e in EXPERIMENTS if canonical_json(replace(e, steps=steps).settings()) == wanted]
     if not alike:
         return "made by an experiment that has other settings now"
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    # Of those with the same settings, the one that the methods are from.
+    alike.sort(key=lambda experiment: len(set(names) - set(experiment.methods)))
     if steps != alike[0].steps:
         told.append(f"--steps {steps}")
     if head["pool"] == "test":
@@ -84,7 +121,7 @@ def _command(results: Results) -> str:
     else:
         rates = sorted({row["lr"] for row in rows})
         told.append("--rates " + ",".join(f"{rate:g}" for rate in rates))
-    told.append("--methods " + ",".join(dict.fromkeys(row["method"] for row in rows)))
+    told.append("--methods " + ",".join(names))
     return f"python scripts/experiment.py {alike[0].name} {' '.join(told)} --results FILE"
 
 
@@ -108,9 +145,13 @@ def markdown(
     if sweep is not None:
         lines += ["", "Where the settings were chosen:", ""]
         lines += [f"- {line}" for line in how_made(sweep)[:2]]
+        chosen = best_settings(sweep.rows)
+        off = [m for m, s in best_settings(rows).items() if chosen.get(m, s) != s]
+        lines += [f"- Not at their best settings there: {', '.join(off)}."] if off else []
     lines += [
         "",
-        "Mean over runs ± half a 95 % t-interval. Terms: [experiments.md](experiments.md).",
+        "Means ± half a 95 % t-interval, over orders if there are several: runs of the same order "
+        "are averaged first. Terms: [experiments.md](experiments.md).",
         "",
     ]
     for table in found[1:]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from k1.experiments import metrics
-from k1.experiments.significance import holm, interval, paired_p
+from k1.experiments.significance import Interval, holm, interval, paired_p
 from k1.row_file import Row
 from k1.tables import Table
 
@@ -42,6 +42,8 @@ def by_setting(rows: Sequence[Row]) -> dict[str, dict[Setting, list[Row]]]:
 
 def measure(row: Row, name: str, view: str) -> float:
     """One figure of a run."""
+    if name == "first":
+        return float(metrics.learnt(_matrix(row, view))[0])
     if name == "anytime":
         return metrics.average_anytime(curve_of(row))
     if name == "gap":
@@ -59,16 +61,33 @@ def curve_of(row: Row) -> list[metrics.Point]:
 
 
 def best_settings(rows: Sequence[Row]) -> dict[str, Setting]:
-    """For each method the learning rate and strength with the least mean bits at the end."""
+    """For each method the learning rate and strength with the least mean bits at the end.
 
-    def loss(runs: list[Row]) -> float:
-        mean = statistics.fmean(measure(row, "final", "windows") for row in runs)
-        return mean if math.isfinite(mean) else math.inf
-
+    The mean is over the orders and seeds that all its settings have, if there are any.
+    """
     return {
-        method: min(settings, key=lambda s: (loss(settings[s]), s))
+        method: min(settings, key=lambda s: (_loss(common(settings)[s], "final"), s))
         for method, settings in by_setting(rows).items()
     }
+
+
+def _loss(runs: Sequence[Row], name: str, view: str = "windows") -> float:
+    """Mean of a figure of which less is better; infinite if a run has diverged."""
+    mean = statistics.fmean(measure(row, name, view) for row in runs)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def common(settings: Mapping[Setting, Sequence[Row]]) -> dict[Setting, list[Row]]:
+    """The runs of each setting whose order and seed all settings have; all runs if none are."""
+    shared = set.intersection(*({_pair(row) for row in runs} for runs in settings.values()))
+    return {
+        setting: [row for row in runs if not shared or _pair(row) in shared]
+        for setting, runs in settings.items()
+    }
+
+
+def _pair(row: Row) -> Pair:
+    return tuple(row["order"]), row["seed"]
 
 
 def best_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -79,9 +98,24 @@ def best_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def paired(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Runs of two methods with the same order and seed."""
-    other: dict[Pair, Row] = {(tuple(row["order"]), row["seed"]): row for row in theirs}
-    keys = [(tuple(row["order"]), row["seed"]) for row in mine]
-    return [(row, other[key]) for row, key in zip(mine, keys, strict=True) if key in other]
+    other = {_pair(row): row for row in theirs}
+    return [(row, other[_pair(row)]) for row in mine if _pair(row) in other]
+
+
+def by_order(runs: Sequence[Row], values: Sequence[float]) -> list[float]:
+    """Average values of runs that have the same order of domains, if there are several orders.
+
+    Orders differ by far more than seeds do, so runs of one order are no independent samples.
+    """
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row, value in zip(runs, values, strict=True):
+        groups.setdefault(tuple(row["order"]), []).append(value)
+    return [statistics.fmean(group) for group in groups.values()] if len(groups) > 1 else [*values]
+
+
+def spread(runs: Sequence[Row], name: str, view: str) -> Interval:
+    """Mean and interval of a figure."""
+    return interval(by_order(runs, [measure(row, name, view) for row in runs]))
 
 
 def main_table(rows: Sequence[Row], view: str) -> Table:
@@ -90,10 +124,7 @@ def main_table(rows: Sequence[Row], view: str) -> Table:
     names += ["anytime", "gap"] if view == "windows" else []
     lines = []
     for method, runs in best_rows(rows).items():
-        cells = [
-            interval([measure(row, name, view) for row in runs]).show(DIGITS.get(name, 3))
-            for name in names
-        ]
+        cells = [spread(runs, name, view).show(DIGITS.get(name, 3)) for name in names]
         setting = f"{runs[0]['lr']:.3g}"
         if runs[0]["strength"]:
             setting += f" / {runs[0]['strength']:.3g}"
@@ -117,12 +148,20 @@ def domain_table(rows: Sequence[Row], view: str) -> Table:
         for domain in domains:
             pairs = []
             for row in runs:
+                if row["order"][-1] == domain:
+                    continue  # nothing came after it
                 r, j = _matrix(row, view), row["order"].index(domain)
                 pairs.append((float(metrics.learnt(r)[j]), float(r[-1, j])))
+            if not pairs:
+                cells.append(NONE)
+                continue
             own, last = (statistics.fmean(values) for values in zip(*pairs, strict=True))
             cells.append(f"{own:.3f} -> {last:.3f} ({100 * (last / own - 1):+.1f} %)")
         lines.append([method, *cells])
-    title = f"each domain after its own phase -> at the end, bits per byte, {view}"
+    title = (
+        f"each domain after its own phase -> at the end, bits per byte, of runs where others came "
+        f"after it, {view}"
+    )
     return Table(title, ["method", *domains], lines)
 
 
@@ -164,25 +203,25 @@ def memory_of(runs: Sequence[Row]) -> str:
 def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
     """Forgetting at matched new-domain bits, along each method's sweep."""
     settings = by_setting(rows)
-    base = min(settings[reference].values(), key=lambda runs: _mean(runs, "new", view))
+    base = min(settings[reference].values(), key=lambda runs: _loss(runs, "new", view))
     lines = []
     for method, found in settings.items():
-        pairs = [paired(runs, base) for runs in found.values()]
-        points = [
-            (
-                statistics.fmean(_excess(row, other, view) for row, other in each),
-                statistics.fmean(measure(row, "forgetting %", view) for row, _ in each),
+        points, counts = [], []
+        for runs in found.values():
+            pairs = paired(runs, base)
+            point = (
+                _average([_excess(row, other, view) for row, other in pairs]),
+                _average([measure(row, "forgetting %", view) for row, _ in pairs]),
             )
-            for each in pairs
-            if each
-        ]
+            if all(map(math.isfinite, point)):
+                points.append(point)
+                counts.append(len(pairs))
         if not points:
             continue
         at = [metrics.harm_at(points, slack) for slack in SLACK]
         cells = [NONE if harm is None else f"{harm:.1f}" for harm in at]
-        seeds = min(len(each) for each in pairs if each)
         best = f"{min(point[0] for point in points):+.1f} %"
-        lines.append([method, str(len(points)), str(seeds), best, *cells])
+        lines.append([method, str(len(points)), str(min(counts)), best, *cells])
     headers = ["method", "points", "runs", "best new", *(f"+{slack:g} %" for slack in SLACK)]
     title = (
         f"forgetting in per cent of bits at new-domain bits of {reference}'s best (same orders and "
@@ -192,9 +231,13 @@ def frontier_table(rows: Sequence[Row], reference: str, view: str) -> Table:
     return Table(title, headers, lines)
 
 
-def _excess(row: Row, other: Row, view: str) -> float:
-    """New-domain bits of a run above those of another, in per cent."""
-    return 100 * (measure(row, "new", view) / measure(other, "new", view) - 1)
+def _average(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _excess(row: Row, other: Row, view: str, name: str = "new") -> float:
+    """Bits of a run above those of another, in per cent."""
+    return 100 * (measure(row, name, view) / measure(other, name, view) - 1)
 
 
 def sweep(found: Mapping[Setting, Sequence[Row]], view: str) -> list[tuple[float, float]]:
@@ -222,9 +265,11 @@ def test_table(rows: Sequence[Row], reference: str, view: str) -> Table:
             mine, theirs = zip(
                 *([measure(row, name, view) for row in pair] for pair in pairs), strict=True
             )
-            gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
+            own = [row for row, _ in pairs]
+            averaged = by_order(own, mine), by_order(own, theirs)
+            gaps = [a - b for a, b in zip(*averaged, strict=True)]
             cells.setdefault(method, []).append(interval(gaps).show(DIGITS.get(name, 3), sign=True))
-            p_values[method] = paired_p(mine, theirs)
+            p_values[method] = paired_p(*averaged)
         for method, p in holm(p_values).items():
             cells[method].append(NONE if math.isnan(p) else f"{p:.2g}")
     headers = ["method", *(h for name in names for h in (name, "p"))]
@@ -244,18 +289,24 @@ def headline_table(rows: Sequence[Row], reference: str) -> Table:
 
     lines = []
     for method, runs in best.items():
-        forgotten = [
-            interval([measure(row, "forgetting %", view) for row in runs]).show(1)
-            for view in ("windows", "passages")
+        forgotten = [spread(runs, "forgetting %", view).show(1) for view in ("windows", "passages")]
+        pairs = paired(runs, base)
+        own = [row for row, _ in pairs]
+        excess = [
+            interval(by_order(own, [_excess(*pair, "windows", name) for pair in pairs])).show(
+                1, sign=True
+            )
+            if pairs
+            else NONE
+            for name in ("new", "first")
         ]
-        new = [_excess(row, other, "windows") for row, other in paired(runs, base)]
-        final = interval([measure(row, "final", "windows") for row in runs]).show()
+        final = spread(runs, "final", "windows").show()
         lines.append(
             [
                 method,
                 str(len(runs)),
                 *forgotten,
-                interval(new).show(1, sign=True) if new else NONE,
+                *excess,
                 final,
                 f"{mean(runs, 'parameters') / mean(base, 'parameters'):.2f}",
                 f"{mean(runs, 'moved'):.0%}",
@@ -263,12 +314,13 @@ def headline_table(rows: Sequence[Row], reference: str) -> Table:
             ]
         )
     headers = ("method", "runs", "forgetting %, windows", "passages",
-               f"new domains, % of {reference}", "bits at the end", "parameters", "moved a step",
-               "FLOPs")  # fmt: skip
+               f"new domains, % of {reference}", "first domain", "bits at the end",
+               "parameters", "moved a step", "FLOPs")  # fmt: skip
     title = (
         "what earlier domains lose, in per cent of their bits; bits of new domains after their "
-        f"phase, against {reference}, paired by order and seed; mean bits per byte of all domains "
-        f"at the end; parameters kept and training FLOPs as a multiple of {reference}'s"
+        f"phase, and of the first after its own, against {reference}, paired by order and seed; "
+        "mean bits per byte of all domains at the end; parameters kept and "
+        f"training FLOPs as a multiple of {reference}'s"
     )
     return Table(title, headers, lines)
 

@@ -120,7 +120,13 @@ def run_experiment(experiment: Experiment, conditions: Conditions, file: RowFile
         for method in choose_methods(experiment.methods, conditions.methods):
             runs = experiment.runs(method, orders)
             if conditions.chosen is not None:
-                runs = [r for r in runs if conditions.chosen[method.name] == (r.lr, r.strength)]
+                setting = conditions.chosen[method.name]
+                runs = [run for run in runs if setting == (run.lr, run.strength)]
+                if not runs:
+                    raise K1Error(
+                        f"{method.name} was best at a strength of {setting[1]:g}, which is none of "
+                        "its strengths: tune it again"
+                    )
             planned += runs
             missing = [run for run in runs if file.key(as_row(run)) not in file.rows]
             for first in range(0, len(missing), conditions.lanes):
