@@ -98,6 +98,7 @@ def made(situation, seed, bits, p=0.001):
     }
     return {
         "method": "m", "situation": situation, "seed": seed, "view": "windows",
+        "order": [situation, str(seed)],
         "information": {key: {"bits": tested, "share": share} for key in summary.ORDERED},
         "accuracy": {"routing": 0.9, "bigrams": 0.98},
         "specialists": tops,
@@ -158,6 +159,16 @@ def test_differences_pair_seeds_that_both_have():
     gap, p = summary.gaps(rows, "responsibility")["m", SAME]
     assert gap == pytest.approx([1.1] * 4) and p < 1e-6
     assert [line[2] for line in summary.null_table(rows).rows] == ["4", "4"]
+
+
+def test_seeds_of_one_order_count_once():
+    rows = [{**row, "order": ["a" if row["seed"] < 3 else "b"]} for row in rows_of()]
+    rows[0]["information"] = made(THREE, 1, 2.2)["information"]
+    gap, _ = summary.gaps(rows, "responsibility")["m", SAME]
+    assert gap == pytest.approx([(2.2 - 0.11 + 1.1) / 2, 1.1])
+    assert [line[2] for line in summary.null_table(rows).rows] == ["2", "2"]
+    expected = summary.interval([1.7, 1.205]).show()
+    assert summary.information_table(rows).rows[0][2] == expected
 
 
 def test_what_was_not_measured_is_not_known():

@@ -7,8 +7,8 @@ There are, in a method's systems, if on held-out text
 * in each of them the leaves tell more about domains, and the most specialised of them has a larger
   share of one, than with permuted labels (p < 0.01),
 * over seeds they tell more than in systems trained on one domain dealt out, and than in systems
-  trained on all domains at once (p < 0.01, paired by seed, Holm's correction over methods and
-  nulls), and
+  trained on all domains at once (p < 0.01, paired by seed, seeds of one order averaged, with
+  Holm's correction over methods and nulls), and
 * in each of them every domain's top leaf has at least 90 % of its responsibility from it, and the
   domain loses more than any other without that leaf.
 """
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from k1.experiments.learner import VIEWS
-from k1.experiments.report import NONE
-from k1.experiments.significance import holm, interval, paired_p
+from k1.experiments.report import NONE, by_order
+from k1.experiments.significance import Interval, holm, interval, paired_p
 from k1.row_file import Row
 from k1.specialisation.trained import JOINT, SAME, THREE
 from k1.tables import Table
@@ -34,7 +34,7 @@ RESPONSIBILITY = "responsibility"
 ORDERED = (RESPONSIBILITY, "routing")
 NULLS = (SAME, JOINT)
 Gap = tuple[list[float], float]
-"""Differences of bits by seed, and their p, corrected."""
+"""Differences of bits, and their p, corrected."""
 
 
 def by_system(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, Row]]:
@@ -63,7 +63,7 @@ def information_table(rows: Sequence[Row]) -> Table:
         for measure in ORDERED:
             found = [row["information"][measure] for row in runs.values()]
             for name in ("bits", "share"):
-                cells.append(interval([one[name]["value"] for one in found]).show())
+                cells.append(_spread(runs, [one[name]["value"] for one in found]).show())
                 cells.append(_sure([one[name]["p"] for one in found]))
         told = [statistics.fmean(row["accuracy"][name] for row in runs.values())
                 for name in ("routing", "bigrams")]  # fmt: skip
@@ -71,11 +71,16 @@ def information_table(rows: Sequence[Row]) -> Table:
     names = [h for m in ORDERED for h in (f"bits, {m}", "p < .01", "largest share", "p < .01")]
     title = (
         "what the leaf of a window tells about its domain, in bits, and the largest share of one "
-        "domain in a leaf, both by responsibility and by routing: mean over seeds ± half a 95 % "
-        "t-interval, and in how many systems permuted labels give as much in less than 1 of 100 "
+        "domain in a leaf, both by responsibility and by routing: mean ± half a 95 % t-interval "
+        "over orders, and in how many systems permuted labels give as much in less than 1 of 100 "
         "cases; how often the domain is told right by routing, and by bigrams"
     )
     return Table(title, ["method", "situation", *names, "routing right", "bigrams right"], lines)
+
+
+def _spread(runs: dict[int, Row], values: Sequence[float]) -> Interval:
+    """Mean and interval of values of systems, of which those of the same order count as one."""
+    return interval(by_order(list(runs.values()), values))
 
 
 def _sure(p_values: Sequence[float]) -> str:
@@ -83,7 +88,10 @@ def _sure(p_values: Sequence[float]) -> str:
 
 
 def gaps(rows: Sequence[Row], measure: str) -> dict[tuple[str, str], Gap]:
-    """Bits of systems trained on domains one after another minus those of nulls, by seed."""
+    """Bits of systems trained on domains one after another minus those of nulls, by seed.
+
+    Seeds with the same order are averaged first, if there are several orders.
+    """
     systems = by_system(rows)
     differences: dict[tuple[str, str], list[float]] = {}
     p_values = {}
@@ -92,7 +100,10 @@ def gaps(rows: Sequence[Row], measure: str) -> dict[tuple[str, str], Gap]:
             continue
         mine = systems.get((method, THREE), {})
         seeds = [seed for seed in mine if seed in runs]
-        pair = [[bits_of(which[seed], measure) for seed in seeds] for which in (mine, runs)]
+        pair = [
+            by_order([mine[s] for s in seeds], [bits_of(which[s], measure) for s in seeds])
+            for which in (mine, runs)
+        ]
         if seeds:
             differences[method, situation] = [a - b for a, b in zip(*pair, strict=True)]
             p_values[f"{method} {situation}"] = paired_p(*pair)
@@ -114,7 +125,7 @@ def null_table(rows: Sequence[Row]) -> Table:
         "bits of domains one after another minus those of a null, paired by seed; p by a two-sided "
         "t-test with Holm's correction over methods and nulls"
     )
-    headers = ["method", "difference", "seeds", *(h for m in ORDERED for h in (m, "p"))]
+    headers = ["method", "difference", "pairs", *(h for m in ORDERED for h in (m, "p"))]
     return Table(title, headers, lines)
 
 
@@ -130,12 +141,12 @@ def specialist_table(rows: Sequence[Row]) -> Table:
             of = f" of {len(tops)}"
             lines.append([
                 method, situation, domain,
-                interval([100 * top["share"] for top in tops]).show(0) + " %",
+                _spread(runs, [100 * top["share"] for top in tops]).show(0) + " %",
                 str(sum(top["share"] >= PURE for top in tops)) + of,
                 str(sum(top["hurts_own_most"] for top in tops)) + of,
                 str(sum(map(is_specialist, tops))) + of,
-                interval([top["harm"][domain] for top in tops]).show(2, sign=True),
-                interval(others).show(2, sign=True),
+                _spread(runs, [top["harm"][domain] for top in tops]).show(2, sign=True),
+                _spread(runs, others).show(2, sign=True),
             ])  # fmt: skip
     title = (
         "the top leaf of each domain, by responsibility, of those that have at least a tenth of "
