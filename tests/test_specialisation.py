@@ -92,6 +92,24 @@ def test_agents_that_know_nothing_are_not_specialists_however_many():
     assert 0.3 < np.mean(p) < 0.7 and np.mean(np.array(p) <= 0.05) < 0.2
 
 
+def test_windows_of_one_document_are_no_independent_witnesses():
+    """Leaves that tell documents apart, but not domains, tell nothing about domains."""
+    rng = np.random.default_rng(0)
+    document = np.repeat(np.arange(24), 8)
+    label, sure = (np.arange(24) % 3)[document], 0
+    alone = np.zeros(40, dtype=bool)
+    for trial in range(40):
+        weight = np.eye(4)[rng.integers(0, 4, 24)[document]]
+        sure += info.information(weight, label, 3, 199, document).bits.p < 0.05
+        alone[trial] = info.information(weight, label, 3, 99).bits.p < 0.05
+    assert sure <= 5 < 20 < alone.sum()
+    weight = np.eye(3)[label]
+    assert info.information(weight, label, 3, 199, document).bits.p == 1 / 200
+    by_chance = rng.permutation(24)[document]
+    told = info.routing_accuracy(by_chance, label, 24, 3, document)
+    assert told < 0.5 < info.routing_accuracy(by_chance, label, 24, 3)
+
+
 def test_agents_that_know_are_found():
     label = np.arange(60) % 3
     weight = 0.2 + 0.4 * np.eye(3)[label]
@@ -166,7 +184,9 @@ def test_in_documents_routing_goes_on_with_what_it_has_gathered(make):
         for domain in trainer.data.domains
     }
     seen = observe(trainer.engine, trainer.lane, texts)
-    assert len(seen.label) == sum(1 for text in texts.values() for _ in each_window(text))
+    windows = [goes_on for text in texts.values() for _, goes_on in each_window(text)]
+    assert seen.document.tolist() == (np.cumsum(np.logical_not(windows)) - 1).tolist()
+    assert len(seen.label) == len(windows) > len(set(seen.document.tolist()))
     after, alone = [], []
     row = 0
     for number, text in enumerate(texts.values()):

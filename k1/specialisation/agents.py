@@ -108,7 +108,10 @@ def study(
         len(seen.label),
         tuple(agents),
         tuple(tree.blocks[slot].id for slot in seen.leaf_slots),
-        {n: information(seen.leaves(w), seen.label, domains, draws) for n, w in weights.items()},
+        {
+            name: information(seen.leaves(w), seen.label, domains, draws, seen.document)
+            for name, w in weights.items()
+        },
         _accuracy(engine, texts, seen, weights),
     )
 
@@ -125,7 +128,9 @@ def _accuracy(
     """How often the domain is told right."""
     domains = len(seen.domains)
     found = {
-        name: routing_accuracy(winners(seen.leaves(w)), seen.label, len(seen.leaf_slots), domains)
+        name: routing_accuracy(
+            winners(seen.leaves(w)), seen.label, len(seen.leaf_slots), domains, seen.document
+        )
         for name, w in weights.items()
     }
     classifier = BigramClassifier.fit(engine.store, engine.arena.config.evidence)

@@ -81,22 +81,31 @@ class Tested:
 
 
 def permutation_test(
-    statistic: Callable[[Labels], float], label: Labels, draws: int = 999, seed: int = 0
+    statistic: Callable[[Labels], float],
+    label: Labels,
+    draws: int = 999,
+    seed: int = 0,
+    document: Labels | None = None,
 ) -> Tested:
     """Compare a statistic of labels with what it is for the same labels in random order.
 
-    That is exact if windows are exchangeable when labels don't matter: take windows of different
-    documents.
+    That is exact if documents are exchangeable when labels don't matter.
 
     Args:
         statistic: of labels.
         label: the true ones.
         draws: how many orders.
         seed: of the orders.
+        document: number of each window's document, from 0 without a gap: its windows are alike,
+            and keep a label in common. By default each is of a document of its own.
     """
     rng = np.random.default_rng(seed)
     value = statistic(label)
-    null = np.array([statistic(rng.permutation(label)) for _ in range(draws)])
+    if document is None:
+        document = np.arange(len(label))
+    _, first = np.unique(document, return_index=True)
+    own = label[first]
+    null = np.array([statistic(rng.permutation(own)[document]) for _ in range(draws)])
     at_least = int((null >= value - 1e-12).sum())
     p = (1 + at_least) / (1 + draws)
     high = float(np.quantile(null, 0.99, method="higher"))
@@ -116,8 +125,14 @@ class Information:
     top_domain: int
 
 
-def information(weight: Weights, label: Labels, domains: int, draws: int = 999) -> Information:
-    """Test agents' weights against permuted labels."""
+def information(
+    weight: Weights,
+    label: Labels,
+    domains: int,
+    draws: int = 999,
+    document: Labels | None = None,
+) -> Information:
+    """Test agents' weights against permuted labels, of documents if windows are of some."""
     agent = winners(weight)
 
     def bits(labels: Labels) -> float:
@@ -129,23 +144,27 @@ def information(weight: Weights, label: Labels, domains: int, draws: int = 999) 
     share = domain_shares(weight, label, domains)
     top_agent, top_domain = np.unravel_index(int(share.argmax()), share.shape)
     return Information(
-        permutation_test(bits, label, draws),
-        permutation_test(largest, label, draws),
+        permutation_test(bits, label, draws, document=document),
+        permutation_test(largest, label, draws, document=document),
         int(top_agent),
         int(top_domain),
     )
 
 
-def routing_accuracy(agent: Labels, label: Labels, agents: int, domains: int) -> float:
+def routing_accuracy(
+    agent: Labels, label: Labels, agents: int, domains: int, document: Labels | None = None
+) -> float:
     """Share of windows whose domain the agent tells, each agent standing for one domain.
 
-    Which one is found on the other half of the windows (those at odd places for those at even
-    places, and the other way round), so that agents in plenty don't help. An agent that was not
-    seen there stands for the domain seen most.
+    Which one is found on the other half of the documents (those with odd numbers for those with
+    even ones, and the other way round), so that agents in plenty don't help. By default each window
+    is of a document of its own. An agent that was not seen there stands for the domain seen most.
     """
     right = 0
+    if document is None:
+        document = np.arange(len(label))
     for half in (0, 1):
-        known = np.arange(len(label)) % 2 == half
+        known = document % 2 == half
         table = contingency(agent[known], label[known], agents, domains)
         table += 1e-9 * table.sum(0)  # decides for agents without windows, and between equals
         right += int((table.argmax(1)[agent[~known]] == label[~known]).sum())

@@ -84,6 +84,8 @@ class Observation:
     responsibility: Weights
     routing: Weights
     label: Labels
+    document: Labels
+    """Number of each window's document; windows that stand alone have one each."""
     domains: tuple[str, ...]
     tokens: Tensor
     """int64 [windows, T] on the CPU."""
@@ -127,6 +129,7 @@ def observe(engine: Engine, lane: int, texts: Mapping[str, HeldOut]) -> Observat
     slots = tuple(sorted(slot for slot in tree.blocks if slot != ROOT_SLOT))
     columns = list(slots)
     responsible, routed, label, tokens = [], [], [], []
+    document: list[int] = []
     for number, text in enumerate(texts.values()):
         router = None
         for batch, goes_on in each_window(text):
@@ -135,6 +138,7 @@ def observe(engine: Engine, lane: int, texts: Mapping[str, HeldOut]) -> Observat
             responsible.append(found.responsibility[columns].cpu().double().numpy())
             routed.append(found.routing[columns].cpu().double().numpy())
             label.append(number)
+            document.append(document[-1] + (not goes_on) if document else 0)
             tokens.append(batch.inputs[0, 0].cpu())
     return Observation(
         slots,
@@ -142,6 +146,7 @@ def observe(engine: Engine, lane: int, texts: Mapping[str, HeldOut]) -> Observat
         by_level(np.stack(responsible), tree, slots),
         np.stack(routed),
         np.array(label, dtype=np.int64),
+        np.array(document, dtype=np.int64),
         tuple(texts),
         torch.stack(tokens),
     )
