@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> int:
     if arguments.tuned is None:
         return report(arguments, results, None)
     sweep = read_results(arguments.tuned, names)
-    check_sweep(results, sweep)
+    check_sweep(sweep, results.head, {row["method"] for row in results.rows})
     return report(arguments, results, sweep)
 
 
@@ -143,11 +143,11 @@ def make_runs(arguments: Arguments) -> Results:
         steps=arguments.steps,
     )
     choose_methods(experiment.methods, known)
+    data = load_data(experiment.config(arguments.data).data)
     chosen = None
     if arguments.tuned is not None:
-        chosen = read_tuned(arguments.tuned, experiment)
+        chosen = read_tuned(arguments.tuned, experiment, data.fingerprint)
         experiment = replace(experiment, rates=tuple(sorted({lr for lr, _ in chosen.values()})))
-    data = load_data(experiment.config(arguments.data).data)
     page.print(data.describe(), highlight=False)
     conditions = Conditions(
         data,

@@ -46,7 +46,6 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Make and study the missing systems, print the tables, write the page."""
-    import platform
     import time
 
     from k1.cli import check_outputs, prepare_torch
@@ -58,15 +57,14 @@ def main(arguments: Arguments) -> int:
     if not minutes > 0:
         raise K1Error("--max-minutes is more than 0: leave it out, or give more")
     check_outputs(arguments.results, arguments.markdown)
-    device = pick_device(arguments.device).type
-    prepare_torch(device)
-
-    import torch
+    device = pick_device(arguments.device)
+    prepare_torch(device.type)
 
     from k1.data import load_data
     from k1.durable import write_atomically
+    from k1.experiments.methods import choose_methods
     from k1.experiments.plans import choose_experiment
-    from k1.experiments.runner import Conditions
+    from k1.experiments.runner import Conditions, made_on
     from k1.specialisation.summary import markdown, tables
     from k1.specialisation.trained import ask, open_rows, run_studies
 
@@ -78,25 +76,25 @@ def main(arguments: Arguments) -> int:
         steps=arguments.steps,
         orders="all",
     )
+    choose_methods(experiment.methods)
     data = load_data(experiment.config(arguments.data).data)
     asked = ask(experiment, arguments.situations.split(","), data, arguments.same)
     page.print(data.describe(), highlight=False)
     conditions = Conditions(
         data,
         arguments.data,
-        device,
+        device.type,
         deadline=began + 60 * minutes,
         say=lambda line: page.print(line, highlight=False),
     )
     rows = run_studies(asked, conditions, open_rows(asked, conditions, arguments.results))
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     command = re.sub(r"--(results|markdown|data)[ =]\S+", r"--\1 ...", " ".join(sys.argv))
     about = [
         f"Command: `python {command}`, {time.monotonic() - began:.0f} s in this call.",
-        f"Device: {device} ({processor}); PyTorch {torch.__version__}.",
+        f"Device: {made_on(device)}.",
         f"{len(rows)} systems trained as in {experiment.name}, {experiment.steps} steps of a dense "
         f"run in each phase, at a learning rate of {experiment.rates[-1]:g}, studied on "
-        f"{conditions.pool} windows.",
+        f"windows and passages of the {conditions.pool} pool.",
     ]
     for table in tables(rows):
         page.print(table.shown())

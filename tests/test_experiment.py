@@ -207,8 +207,11 @@ def test_the_quick_experiment_runs_is_resumed_and_is_tuned_for_the_test_pool(tmp
     assert final.returncode == 0, final.stderr
     rows = [json.loads(line) for line in (tmp_path / "final.jsonl").read_text().splitlines()]
     assert rows[0]["pool"] == "test" and len(rows) == 3  # one strength of ewc
-    best = read_tuned(results, choose_experiment("ci", methods=("ewc",), steps=4))
+    plan = choose_experiment("ci", methods=("ewc",), steps=4)
+    best = read_tuned(results, plan, rows[0]["data"])
     assert rows[2]["strength"] == best["ewc"][1]
+    with pytest.raises(K1Error, match="other data: name another file"):
+        read_tuned(results, plan, "other text")
 
 
 def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):

@@ -207,16 +207,19 @@ def test_what_is_not_there_is_not_left_out_in_silence(tmp_path: Path):
 
 def test_a_sweep_is_of_the_same_experiment_and_on_validation(tmp_path: Path):
     results = read_results(written(tmp_path / "test", ROWS[:1], pool="test"))
-    check_sweep(results, read_results(written(tmp_path / "rows", ROWS)))
+    names = [row["method"] for row in results.rows]
+    check_sweep(read_results(written(tmp_path / "rows", ROWS)), results.head, names)
     with pytest.raises(K1Error, match="measured on test: settings are chosen on validation"):
-        check_sweep(results, results)
+        check_sweep(results, results.head, names)
     with pytest.raises(K1Error, match="the sweep has no runs of dense"):
-        check_sweep(results, read_results(written(tmp_path / "c", ROWS[-1:])))
+        check_sweep(read_results(written(tmp_path / "c", ROWS[-1:])), results.head, names)
     with pytest.raises(K1Error, match="other data"):
-        check_sweep(results, read_results(written(tmp_path / "a", ROWS, data="y")))
+        check_sweep(read_results(written(tmp_path / "a", ROWS, data="y")), results.head, names)
     other = {**HEAD["settings"], "steps": 9}
     with pytest.raises(K1Error, match="other settings"):
-        check_sweep(results, read_results(written(tmp_path / "b", ROWS, settings=other)))
+        check_sweep(
+            read_results(written(tmp_path / "b", ROWS, settings=other)), results.head, names
+        )
 
 
 def test_a_page_tells_which_settings_are_not_those_of_the_sweep():

@@ -64,8 +64,13 @@ def check_reference(results: Results, reference: str) -> None:
         raise K1Error(f"no runs of the reference {reference}: choose from {_listed(found)}")
 
 
-def check_sweep(results: Results, sweep: Results) -> None:
-    """See that a sweep can be where the settings of results were chosen.
+def check_sweep(sweep: Results, head: Row, methods: Iterable[str]) -> None:
+    """See that a sweep can be where the settings of some methods are chosen.
+
+    Args:
+        sweep: the runs over settings.
+        head: what the runs at these settings are about: their `settings` and `data`.
+        methods: the methods.
 
     Raises:
         K1Error: if not.
@@ -73,13 +78,12 @@ def check_sweep(results: Results, sweep: Results) -> None:
     if sweep.head["pool"] != "validation":
         raise K1Error(f"the sweep was measured on {sweep.head['pool']}: settings are chosen on "
                       "validation")  # fmt: skip
-    swept = {row["method"] for row in sweep.rows}
-    missing = {row["method"] for row in results.rows} - swept
-    if missing:
-        raise K1Error(f"the sweep has no runs of {_listed(missing)}: name another file")
     for name in ("settings", "data"):
-        if canonical_json(sweep.head[name]) != canonical_json(results.head[name]):
-            raise K1Error(f"the sweep has other {name} than the results: name another file")
+        if canonical_json(sweep.head[name]) != canonical_json(head[name]):
+            raise K1Error(f"the sweep has other {name}: name another file")
+    missing = set(methods) - {row["method"] for row in sweep.rows}
+    if missing:
+        raise K1Error(f"the sweep has no runs of {_listed(missing)}: tune them, or leave them out")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -96,7 +100,7 @@ def how_made(results: Results) -> list[str]:
     return [
         f"{len(rows)} runs on the **{head['pool']}** pool, {what}; device: {where}; "
         f"{seconds:,.0f} s in all.",
-        f"`{_command(results)}`",
+        _command(results),
         f"A dense run has {settings['steps']:,} steps in each phase, others "
         + ("use as many FLOPs." if settings["equal_flops"] else "have as many."),
     ]
@@ -110,7 +114,7 @@ def _command(results: Results) -> str:
     wanted = canonical_json(head["settings"])
     alike = [e for e in EXPERIMENTS if canonical_json(replace(e, steps=steps).settings()) == wanted]
     if not alike:
-        return "made by an experiment that has other settings now"
+        return "Made by an experiment that has other settings now."
     names = list(dict.fromkeys(row["method"] for row in rows))
     # Of those with the same settings, the one that the methods are from.
     alike.sort(key=lambda experiment: len(set(names) - set(experiment.methods)))
@@ -122,7 +126,7 @@ def _command(results: Results) -> str:
         rates = sorted({row["lr"] for row in rows})
         told.append("--rates " + ",".join(f"{rate:g}" for rate in rates))
     told.append("--methods " + ",".join(names))
-    return f"python scripts/experiment.py {alike[0].name} {' '.join(told)} --results FILE"
+    return f"`python scripts/experiment.py {alike[0].name} {' '.join(told)} --results FILE`"
 
 
 def markdown(
