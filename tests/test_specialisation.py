@@ -20,7 +20,6 @@ from k1.specialisation.agents import study
 from k1.specialisation.names import NOTHING, kind_of, nicknames, typical
 from k1.specialisation.ngrams import BigramClassifier, path_ratios, reasons
 from k1.specialisation.observe import by_level, each_window, observe, trace
-from k1.specialisation.trust import Trust, trust
 from tests.reference import Reference, count_text, loop_evidence, next_batch, shake
 
 
@@ -344,37 +343,6 @@ def test_names_show_what_they_rest_on_and_nobody_gets_one_for_nothing():
     assert {"self", "value"} <= {w.word for w in coder.words}
     assert {w.word for w in coder.words} & {w.word for w in writer.words} == set()
     assert [n.name for n in nicknames(texts, np.full((12, 2), 0.5))] == [NOTHING, NOTHING]
-
-
-# -- trust ----------------------------------------------------------------------------------------
-
-
-def test_trust_counts_the_updates_that_help_unseen_text(make):
-    trainer = make(train={"lr": 3e-3}, update={"probe_fraction": 1.0})
-    before = trainer.state_hash()
-    found = trust(trainer.engine, 0, 12)
-    assert trainer.state_hash() == before
-    assert set(found) == {s for s in trainer.tree.blocks if s}
-    twin = trainer.fork()
-    counted = dict.fromkeys(found, (0, 0))
-    for _ in range(12):
-        a = twin.arena
-        probe = twin.store.sample("train", a["data_seed"], a["data_cursor"] + 1, a["mix"], 4)
-        bits_before = float(twin.engine.bits_per_byte(0, 1, probe)[0])
-        report = twin.step()
-        good = float(twin.engine.bits_per_byte(0, 1, probe)[0]) < bits_before
-        for block in set(report.scales) - {0}:
-            slot = twin.tree.slot_of(block)
-            helped, updates = counted[slot]
-            counted[slot] = (helped + good, updates + 1)
-    assert {s: (t.helped, t.updates) for s, t in found.items()} == counted
-    assert sum(t.helped for t in found.values()) > 0.6 * sum(t.updates for t in found.values())
-    assert Trust(0, 0).value == 0.5 and Trust(3, 3).value == 0.8
-
-
-def test_updates_that_wreck_are_not_trusted(make):
-    found = trust(make(train={"lr": 3.0}).engine, 0, 10)
-    assert sum(t.helped for t in found.values()) < 0.5 * sum(t.updates for t in found.values())
 
 
 # -- the null, and the whole ----------------------------------------------------------------------

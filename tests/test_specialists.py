@@ -188,6 +188,29 @@ def test_views_are_not_mixed():
     assert found[4][0][2] == "0.000 ± 0.000" and found[7][0][-1] == "no"
 
 
+def leaf(deleted, merged, responsibility, updates, trust):
+    signals = {"responsibility": responsibility, "updates": updates, "trust": trust}
+    harm = None if merged is None else {"a": merged - 1, "b": merged + 1}
+    return {"deleted": {"a": deleted - 1, "b": deleted + 1}, "merged": harm, "signals": signals}
+
+
+def test_leaves_to_spare_are_those_that_signals_name():
+    spared = [leaf(0.3, 0.1, 3, 5, 0.5), leaf(0.2, 0.5, 1, 5, 0.9), leaf(0.7, 0.9, 4, 5, 0.8)]
+    row = {**made(THREE, 1, 1.0), "spared": spared}
+    table = summary.sparing_table([row, *rows_of()])
+    assert [line[2:] for line in table.rows] == [
+        ["responsibility", "+1.00", "+0.200", "+0.500"],
+        ["updates", "-", "+0.300", "+0.100"],
+        ["trust", "-0.50", "+0.300", "+0.100"],
+        ["(any)", "-", "+0.400", "+0.500"],
+        ["(all tried)", "-", "+0.200", "+0.100"],
+    ]
+    spared[1]["merged"] = None
+    found = summary.sparing_table([row]).rows
+    assert [line[5] for line in found] == ["-", "+0.100", "+0.100", "+0.500", "+0.100"]
+    assert summary.tables(rows_of()) == summary.tables(rows_of())[:4], "no row says what is spared"
+
+
 # -- training and studying ------------------------------------------------------------------------
 
 
@@ -207,7 +230,12 @@ def test_rows_are_whole_and_resumed_without_a_change(conditions: Conditions, tmp
         assert row["windows"] == 12 if row["view"] == "windows" else 3 <= row["windows"] <= 24
         assert len(row["agents"]) == 6 and all(map(math.isfinite, row["loss"].values()))
         assert len(row["steps"]) == 3 and all(row["steps"])
-    assert len(summary.tables(rows)) == 8
+        leaves = [agent["name"] for agent in row["agents"] if agent["is_leaf"]]
+        if row["view"] == "windows":
+            assert [leaf["leaf"] for leaf in row["spared"]] == leaves
+        else:
+            assert "spared" not in row
+    assert len(summary.tables(rows)) == 9
 
     part = ask(replace(SHORT, seeds=1), (SAME,), conditions.data)
     file = tmp_path / "rows"

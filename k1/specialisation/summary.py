@@ -20,10 +20,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scipy.stats import spearmanr
+
 from k1.experiments.learner import VIEWS
 from k1.experiments.report import NONE, by_order
 from k1.experiments.significance import Interval, holm, interval, paired_p
 from k1.row_file import Row
+from k1.specialisation.sparing import SIGNALS
 from k1.specialisation.trained import JOINT, SAME, THREE
 from k1.tables import Table
 
@@ -33,6 +36,7 @@ PURE = 0.9
 RESPONSIBILITY = "responsibility"
 ORDERED = (RESPONSIBILITY, "routing")
 NULLS = (SAME, JOINT)
+ANY, TRIED = "(any)", "(all tried)"
 Gap = tuple[list[float], float]
 """Differences of bits, and their p, corrected."""
 
@@ -200,8 +204,49 @@ def _above(gap: Gap | None) -> bool | None:
     return statistics.fmean(gap[0]) > 0 and gap[1] < SURE
 
 
+def sparing_table(rows: Sequence[Row]) -> Table:
+    """What it costs to lose a leaf, by how it is chosen; rows of other views say nothing of it."""
+    lines = []
+    for (method, situation), runs in by_system([r for r in rows if "spared" in r]).items():
+        for chooser in (*SIGNALS, ANY, TRIED):
+            found = [_chosen(row["spared"], chooser) for row in runs.values()]
+            cells = [
+                _spread(runs, values).show(digits, sign=True) if all(map(math.isfinite, values))
+                else NONE
+                for values, digits in zip(zip(*found, strict=True), (2, 3, 3), strict=True)
+            ]  # fmt: skip
+            lines.append([method, situation, chooser, *cells])
+    title = (
+        "losing a leaf: bits per byte, mean over domains, if it is deleted or merged into the "
+        "sibling that inherits its text, and how well the signal ranks leaves by what deleting "
+        "them costs (Spearman). The leaf is the one with the least running responsibility, the "
+        "fewest updates or the least trust; any of them, on average; or the one that proves best "
+        "when all are tried"
+    )
+    headers = ["method", "situation", "least", "rank correlation", "deleted", "merged"]
+    return Table(title, headers, lines)
+
+
+def _chosen(spared: Sequence[Row], chooser: str) -> tuple[float, float, float]:
+    """Rank correlation of a signal, and what it costs to delete or merge the leaf that it names."""
+    deleted = [statistics.fmean(leaf["deleted"].values()) for leaf in spared]
+    merged = [
+        statistics.fmean(leaf["merged"].values()) if leaf["merged"] else math.nan for leaf in spared
+    ]
+    if chooser == ANY:
+        possible = [value for value in merged if not math.isnan(value)]
+        return math.nan, statistics.fmean(deleted), statistics.fmean(possible or [math.nan])
+    if chooser == TRIED:
+        return math.nan, min(deleted), min(merged, key=lambda value: (math.isnan(value), value))
+    signal = [leaf["signals"][chooser] for leaf in spared]
+    least = min(range(len(spared)), key=signal.__getitem__)
+    alike = len(set(signal)) == 1 or len(set(deleted)) == 1
+    rank = math.nan if alike else float(spearmanr(signal, deleted).statistic)
+    return rank, deleted[least], merged[least]
+
+
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """All tables that there are rows for, view by view."""
+    """All tables that there are rows for, view by view, and that of leaves to spare."""
     made = (information_table, null_table, specialist_table, criterion_table)
     found = []
     for view in VIEWS:
@@ -209,6 +254,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         found += [
             replace(table, title=f"{view}: {table.title}") for table in (f(own) for f in made)
         ]
+    found.append(sparing_table(rows))
     return [table for table in found if table.rows]
 
 

@@ -41,11 +41,14 @@ from k1.sampling import TokenStore
 from k1.specialisation.ablation import bits
 from k1.specialisation.agents import Agent, Study, study
 from k1.specialisation.information import Information
+from k1.specialisation.sparing import sparing
 
 THREE, SAME, JOINT = "three", "same", "joint"
 SITUATIONS = (THREE, SAME, JOINT)
 """The domains one after another; one domain dealt out to as many; all domains at once."""
 KEY = ("method", "situation", "seed", "view")
+TRUSTED = 100
+"""Steps that trust is measured over, at most; a phase's, if it has fewer."""
 MATTERS = 0.1
 """A leaf that has less than this share of the responsibility of the leaf that has most is nobody's
 top specialist: what hardly moves anything may be of one domain by chance."""
@@ -73,6 +76,7 @@ class Asked:
             "config": self.experiment.config("builtin").to_dict(),
             "data": conditions.data.fingerprint,
             "same": self.same,
+            "trusted": TRUSTED,
             "pool": conditions.pool,
             "device": conditions.device,
         }
@@ -219,6 +223,9 @@ def train_and_study(
                     "choose an experiment with a lower learning rate"
                 )
             found = as_data(study(engine, lane, texts, text.tokenizer))
+            if view == "windows":
+                spared = sparing(engine, lane, seen.windows, min(TRUSTED, steps[-1]))
+                found["spared"] = [asdict(leaf) for leaf in spared]
             rows.append({**as_row(run), "view": view, "steps": steps, "loss": loss, **found})
     seconds = {"seconds": time.monotonic() - began, "seconds_trained": trained}
     return [{**row, **seconds, "lanes": learner.lanes} for row in rows]
