@@ -10,9 +10,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from k1.cli import optional, run
+
+if TYPE_CHECKING:
+    from k1.row_file import Row
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,39 @@ class Arguments:
     """Stop after this time and report what is finished (default: no limit)."""
     markdown: Annotated[Path | None, optional("FILE")] = None
     """Write the tables as a page."""
+    from_: Annotated[
+        Path | None, tyro.conf.arg(name="from", metavar="FILE", help_behavior_hint="")
+    ] = None
+    """Train nothing: report the rows in this file."""
 
 
 def main(arguments: Arguments) -> int:
     """Make and study the missing systems, print the tables, write the page."""
+    from k1.cli import check_outputs
+
+    check_outputs(arguments.results, arguments.markdown)
+    if arguments.from_ is None:
+        return report(arguments, *make_studies(arguments))
+
+    from k1.errors import K1Error
+    from k1.specialisation.trained import read_studies
+
+    if arguments.results is not None:
+        raise K1Error("--from trains nothing: leave --results out")
+    head, rows = read_studies(arguments.from_)
+    about = [
+        f"{systems(rows)} systems trained on {head['device']}, {head['settings']['steps']} "
+        f"steps of a dense run in each phase, at a learning rate of {head['lr']:g}, studied on the "
+        f"{head['pool']} pool."
+    ]
+    return report(arguments, rows, about)
+
+
+def make_studies(arguments: Arguments) -> tuple[list[Row], list[str]]:
+    """Make and study the missing systems; returns all rows, and how they were made."""
     import time
 
-    from k1.cli import check_outputs, prepare_torch
+    from k1.cli import prepare_torch
     from k1.errors import K1Error
     from k1.tables import console
     from k1.trainer import pick_device
@@ -56,16 +87,13 @@ def main(arguments: Arguments) -> int:
     minutes = math.inf if arguments.max_minutes is None else arguments.max_minutes
     if not minutes > 0:
         raise K1Error("--max-minutes is more than 0: leave it out, or give more")
-    check_outputs(arguments.results, arguments.markdown)
     device = pick_device(arguments.device)
     prepare_torch(device.type)
 
     from k1.data import load_data
-    from k1.durable import write_atomically
     from k1.experiments.methods import choose_methods
     from k1.experiments.plans import choose_experiment
     from k1.experiments.runner import Conditions, made_on
-    from k1.specialisation.summary import markdown, tables
     from k1.specialisation.trained import ask, open_rows, run_studies
 
     began, page = time.monotonic(), console()
@@ -89,13 +117,27 @@ def main(arguments: Arguments) -> int:
     )
     rows = run_studies(asked, conditions, open_rows(asked, conditions, arguments.results))
     command = re.sub(r"--(results|markdown|data)[ =]\S+", r"--\1 ...", " ".join(sys.argv))
-    about = [
+    return rows, [
         f"Command: `python {command}`, {time.monotonic() - began:.0f} s in this call.",
         f"Device: {made_on(device)}.",
-        f"{len(rows)} systems trained as in {experiment.name}, {experiment.steps} steps of a dense "
-        f"run in each phase, at a learning rate of {experiment.rates[-1]:g}, studied on "
+        f"{systems(rows)} systems trained as in {experiment.name}, {experiment.steps} steps of a "
+        f"dense run in each phase, at a learning rate of {experiment.rates[-1]:g}, studied on "
         f"windows and passages of the {conditions.pool} pool.",
     ]
+
+
+def systems(rows: list[Row]) -> int:
+    """How many systems rows are about; each has a row for each view."""
+    return len({(row["method"], row["situation"], row["seed"]) for row in rows})
+
+
+def report(arguments: Arguments, rows: list[Row], about: list[str]) -> int:
+    """Print the tables, and write what is asked for."""
+    from k1.durable import write_atomically
+    from k1.specialisation.summary import markdown, tables
+    from k1.tables import console
+
+    page = console()
     for table in tables(rows):
         page.print(table.shown())
     for line in about:

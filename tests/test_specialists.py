@@ -27,6 +27,7 @@ from k1.specialisation.trained import (
     has_one_tree,
     hurts_most,
     open_rows,
+    read_studies,
     run_studies,
     top_specialists,
 )
@@ -330,4 +331,31 @@ def test_the_command_studies_resumes_and_writes_a_page(tmp_path: Path):
     assert rows[0]["kind"] == "specialists" and len(rows) == 9
     written = page.read_text()
     assert written.startswith("# Specialists") and "three - same" in written
-    assert str(tmp_path) not in written
+    assert str(tmp_path) not in written and "4 systems trained as in ci" in written
+    refused = call(SPECIALISTS, "--from", results, "--results", results)
+    assert refused.returncode == 2 and "leave --results out" in refused.stderr
+    told = call(SPECIALISTS, "--from", results, "--markdown", page)
+    assert told.returncode == 0, told.stderr
+    assert page.read_text().split("\n\n", 2)[2] == written.split("\n\n", 2)[2]
+    assert "4 systems trained on cpu, 2 steps" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty or ends within a line"),
+        ('{"format":1,"kind":"experiment"}\n', "holds no studies of specialists"),
+        ('{"format":1,"kind":"specialists"}\n', "holds no studies of specialists"),
+        ('{"format":1,"kind":"specialists"}\n{"method":"m"}\n', "a line that is no record"),
+        (
+            '{"format":1,"kind":"specialists"}\n'
+            '{"method":"m","situation":"three","seed":1,"view":"windows"}\n',
+            "holds no studies of specialists",
+        ),
+    ],
+)
+def test_what_holds_no_studies_is_not_reported(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(K1Error, match=message):
+        read_studies(path)

@@ -36,17 +36,20 @@ from k1.experiments.runner import (
 )
 from k1.experiments.stream import orders_of, stream_domains, views
 from k1.experiments.tree_learners import SeparateLearner
-from k1.row_file import Row, RowFile
+from k1.row_file import Row, RowFile, read_rows
 from k1.sampling import TokenStore
 from k1.specialisation.ablation import bits
 from k1.specialisation.agents import Agent, Study, study
 from k1.specialisation.information import Information
 from k1.specialisation.sparing import sparing
 
+KIND = "specialists"
 THREE, SAME, JOINT = "three", "same", "joint"
 SITUATIONS = (THREE, SAME, JOINT)
 """The domains one after another; one domain dealt out to as many; all domains at once."""
 KEY = ("method", "situation", "seed", "view")
+REPORTED = ("order", "information", "accuracy", "specialists")
+"""What tables need of a row, besides its key."""
 TRUSTED = 100
 """Steps that trust is measured over, at most; a phase's, if it has fewer."""
 MATTERS = 0.1
@@ -69,7 +72,7 @@ class Asked:
     def head(self, conditions: Conditions) -> Row:
         """What all rows have in common, as plain data."""
         return {
-            "kind": "specialists",
+            "kind": KIND,
             "settings": self.experiment.settings(),
             "lr": self.experiment.rates[-1],
             "orders": self.experiment.orders,
@@ -138,6 +141,19 @@ def open_rows(asked: Asked, conditions: Conditions, path: Path | None) -> RowFil
     file = RowFile(path, asked.head(conditions), KEY)
     check_methods(file)
     return file
+
+
+def read_studies(path: Path) -> tuple[Row, list[Row]]:
+    """Read the head and the rows of a results file, whatever was asked for in it.
+
+    Raises:
+        K1Error: if it cannot be read, or holds no studies.
+    """
+    head, rows = read_rows(path, KEY)
+    whole = all(name in row for row in rows for name in REPORTED)
+    if head.get("kind") != KIND or not rows or not whole:
+        raise K1Error(f"{path} holds no studies of specialists: name another file")
+    return head, rows
 
 
 def run_studies(asked: Asked, conditions: Conditions, file: RowFile) -> list[Row]:
