@@ -146,7 +146,11 @@ def copy_of(engine: Engine, lane: int) -> Engine:
 
 
 def change(
-    engine: Engine, lane: int, edit: Callable[[Arena, int], object], windows: Mapping[str, Batch]
+    engine: Engine,
+    lane: int,
+    edit: Callable[[Arena, int], object],
+    windows: Mapping[str, Batch],
+    before: dict[str, float] | None = None,
 ) -> Change:
     """Measure what an edit would do to a lane, on a copy of it.
 
@@ -155,15 +159,17 @@ def change(
         lane: which.
         edit: changes a lane of an arena, such as a merge or a deletion.
         windows: [1, B, T] of each domain.
+        before: the lane's `bits_on` these windows, if they are known.
 
     Raises:
         TopologyError: if the edit does.
     """
+    before = bits_on(engine, lane, windows) if before is None else before
     twin = copy_of(engine, lane)
-
-    def bits() -> dict[str, float]:
-        return {name: float(twin.bits_per_byte(0, 1, w)[0]) for name, w in windows.items()}
-
-    before = bits()
     edit(twin.arena, 0)
-    return Change(before, bits())
+    return Change(before, bits_on(twin, 0, windows))
+
+
+def bits_on(engine: Engine, lane: int, windows: Mapping[str, Batch]) -> dict[str, float]:
+    """Bits per byte of a lane on windows [1, B, T] of each domain."""
+    return {name: float(engine.bits_per_byte(lane, lane + 1, w)[0]) for name, w in windows.items()}

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train systems on domains one after another and on nulls, and study their specialists."""
+    """Train systems on domains one after another and on nulls, and study their specialists.
+
+    Tells too what it costs to delete or merge each leaf, and what would have told.
+    """
 
     experiment: str = "pilot"
     """Whose settings they are trained by (scripts/experiment.py --list tells)."""
@@ -44,7 +47,7 @@ class Arguments:
     results: Annotated[Path | None, optional("FILE")] = None
     """Keep a row of JSON for each system that was studied; what is there is not repeated."""
     max_minutes: Annotated[float | None, optional("M")] = None
-    """Stop after this time and report what is finished (default: no limit)."""
+    """Train nothing more after this time, and report what is finished (default: no limit)."""
     markdown: Annotated[Path | None, optional("FILE")] = None
     """Write the tables as a page."""
     from_: Annotated[

@@ -1,6 +1,14 @@
 """Trust in an agent's updates, and what it costs to spare a leaf."""
 
-from k1.specialisation.sparing import CALM, sparing
+import pytest
+import torch
+
+from k1.arena import Arena
+from k1.config import Config
+from k1.engine import Engine
+from k1.sampling import TokenStore
+from k1.specialisation import sparing as module
+from k1.specialisation.sparing import sparing
 from k1.specialisation.trust import Trust, trust
 from tests.reference import shake
 
@@ -44,7 +52,7 @@ def test_updates_that_wreck_are_not_trusted(make):
 
 
 def test_what_a_leaf_is_worth_is_measured_on_copies(make):
-    trainer = shake(make())
+    trainer = shake(make(model={"branching": (2, 3)}))
     trainer.train(6)
     before, on = trainer.state_hash(), windows_of(trainer)
     found = sparing(trainer.engine, 0, on, 4)
@@ -52,37 +60,72 @@ def test_what_a_leaf_is_worth_is_measured_on_copies(make):
     tree = trainer.tree
     leaves = [s for s in sorted(tree.blocks) if s and tree.is_leaf(s)]
     assert [leaf.leaf for leaf in found] == [tree.name(s) for s in leaves]
+    bits = {d: float(trainer.engine.bits_per_byte(0, 1, w)[0]) for d, w in on.items()}
 
-    def lost(edit):
-        twin = trainer.fork()
-        edit(twin)
-        now, then = (
-            {d: float(e.bits_per_byte(0, 1, w)[0]) for d, w in on.items()}
-            for e in (twin.engine, trainer.engine)
-        )
-        return {d: now[d] - then[d] for d in on}
+    def lost(twin):
+        now = {d: float(twin.engine.bits_per_byte(0, 1, w)[0]) for d, w in on.items()}
+        return {d: now[d] - bits[d] for d in on}
 
-    calm = trainer.fork()
-    calm.arena.set_mix(0, (1 / 3,) * 3)
-    calm.arena["lr_factor"][0] = CALM
-    trusted = trust(calm.engine, 0, 4)
+    visited = trainer.arena["visits"][0].tolist()
+    assert visited != trainer.arena["updates"][0].tolist(), (
+        "else they could be taken for each other"
+    )
+    heirs = []
     for leaf, slot in zip(found, leaves, strict=True):
-        block = tree.blocks[slot]
-        (sibling,) = [s for s in tree.children(block.parent) if s != slot]
-        assert leaf.deleted == lost(lambda twin, b=block: twin.delete_agent(b.id))
-        assert leaf.merged == lost(
-            lambda twin, b=block, s=sibling: twin.merge_agents(tree.blocks[s].id, b.id)
-        )
-        assert leaf.signals == {
-            "responsibility": float(trainer.arena["mean_responsibility"][0, slot]),
-            "updates": float(trainer.arena["updates"][0, slot]),
-            "trust": trusted[slot].value,
-        }
+        twin, counts = trainer.fork(), trainer.arena["evidence"][0]
+        twin.delete_agent(tree.blocks[slot].id)
+        assert leaf.deleted == lost(twin)
+        siblings = [s for s in tree.children(tree.blocks[slot].parent) if s != slot]
+        (into,) = [s for s in siblings if not twin.arena["evidence"][0, s].equal(counts[s])]
+        heirs.append(siblings.index(into))
+        twin = trainer.fork()
+        twin.merge_agents(tree.blocks[into].id, tree.blocks[slot].id)
+        assert leaf.merged == lost(twin)
+        assert leaf.signals["responsibility"] == trainer.arena["mean_responsibility"][0, slot]
+        assert leaf.signals["updates"] == trainer.arena["updates"][0, slot]
+    assert set(heirs) == {0, 1}, "else it could be just any sibling"
     assert any(abs(x) > 1e-4 for leaf in found for x in leaf.deleted.values())
-    assert any(leaf.deleted != leaf.merged for leaf in found)
 
 
-def test_an_only_child_cannot_be_merged(make):
-    trainer = make(model={"branching": (2, 1)})
-    found = sparing(trainer.engine, 0, windows_of(trainer), 1)
-    assert len(found) == 2 and all(leaf.merged is None for leaf in found)
+def test_trust_is_in_calm_training_on_all_domains_alike(make, monkeypatch):
+    trainer = make()
+    trainer.arena.set_mix(0, (1.0, 0.0, 0.0))
+    trainer.train(2)
+    seen = []
+
+    def measured(engine, lane, steps):
+        arena = engine.arena
+        seen.append((steps, arena["mix"][lane].tolist(), float(arena["lr_factor"][lane])))
+        slots = [s for s in arena.trees[lane].blocks if s]
+        return {slot: Trust(1, 3) if slot % 2 else Trust(0, 0) for slot in slots}
+
+    monkeypatch.setattr(module, "trust", measured)
+    found = sparing(trainer.engine, 0, windows_of(trainer), 7)
+    assert seen == [(7, [pytest.approx(1 / 3)] * 3, pytest.approx(0.1))]
+    leaves = [s for s in sorted(trainer.tree.blocks) if s and trainer.tree.is_leaf(s)]
+    assert [leaf.signals["trust"] for leaf in found] == [0.4 if s % 2 else None for s in leaves]
+
+
+def test_any_lane_can_be_asked(data):
+    config, device = Config.preset("tiny"), torch.device("cpu")
+    arena = Arena(config, data.vocab_size, len(data.domains), 2, device)
+    engine = Engine(arena, TokenStore(data, config.model.context, device))
+    for lane in (0, 1):
+        arena.reset_lane(lane, 5 + lane)
+    engine.train(0, 2, 4)
+    on = {d: engine.store.spread("validation", d, 4) for d in data.domains}
+    found = [sparing(engine, lane, on, 3) for lane in (0, 1)]
+    assert found[0] != found[1]
+    arena.copy_lane(1, 0)
+    assert sparing(engine, 0, on, 3) == found[1]
+
+
+def test_what_no_sibling_of_its_shape_inherits_cannot_be_merged(make):
+    alone = make(model={"branching": (2, 1)})
+    assert [leaf.merged for leaf in sparing(alone.engine, 0, windows_of(alone), 1)] == [None] * 2
+    trainer = make()
+    grown = trainer.add_agent(3)
+    found = {leaf.leaf: leaf.merged for leaf in sparing(trainer.engine, 0, windows_of(trainer), 1)}
+    tree = trainer.tree
+    without = {tree.name(tree.slot_of(grown)), tree.name(tree.slot_of(4))}
+    assert {name for name, merged in found.items() if merged is None} == without

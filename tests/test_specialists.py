@@ -15,7 +15,7 @@ from k1.experiments.methods import METHODS
 from k1.experiments.plans import Experiment
 from k1.experiments.runner import Conditions
 from k1.sampling import TokenStore
-from k1.specialisation import summary
+from k1.specialisation import summary, trained
 from k1.specialisation.agents import Agent, Study
 from k1.specialisation.names import NOTHING, Nickname
 from k1.specialisation.trained import (
@@ -200,16 +200,46 @@ def test_leaves_to_spare_are_those_that_signals_name():
     row = {**made(THREE, 1, 1.0), "spared": spared}
     table = summary.sparing_table([row, *rows_of()])
     assert [line[2:] for line in table.rows] == [
-        ["responsibility", "+1.00", "+0.200", "+0.500"],
-        ["updates", "-", "+0.300", "+0.100"],
-        ["trust", "-0.50", "+0.300", "+0.100"],
+        ["responsibility", "+1.000", "+0.200", "+0.500"],
+        ["updates", "-", "-", "-"],
+        ["trust", "-0.500", "+0.300", "+0.100"],
         ["(any)", "-", "+0.400", "+0.500"],
-        ["(all tried)", "-", "+0.200", "+0.100"],
     ]
     spared[1]["merged"] = None
     found = summary.sparing_table([row]).rows
-    assert [line[5] for line in found] == ["-", "+0.100", "+0.100", "+0.500", "+0.100"]
+    assert [line[5] for line in found] == ["-", "-", "+0.100", "+0.500"]
+    alone = summary.sparing_table([{**row, "spared": []}]).rows
+    assert [line[3:] for line in alone] == [["-", "-", "-"]] * 4
+    spared[0]["signals"]["trust"] = None
+    assert summary.sparing_table([row]).rows[2][2:] == ["trust", "-1.000", "+0.700", "+0.900"]
     assert summary.tables(rows_of()) == summary.tables(rows_of())[:4], "no row says what is spared"
+
+
+def test_leaves_that_a_signal_does_not_tell_apart_count_alike():
+    """Else it would be a matter of their order in the tree."""
+    spared = [leaf(0.9, 0.1, 3, 0, 0.5), leaf(0.1, 0.3, 4, 0, 0.5), leaf(0.3, None, 5, 9, 0.8)]
+    found = [
+        summary.sparing_table([{**made(THREE, 1, 1.0), "spared": turned}]).rows
+        for turned in (spared, spared[::-1], [spared[i] for i in (1, 2, 0)])
+    ]
+    assert found[0] == found[1] == found[2]
+    assert [line[4:] for line in found[0][1:3]] == [["+0.500", "+0.200"]] * 2
+
+
+def test_orders_count_once_and_systems_without_a_figure_not_at_all():
+    values = {1: 0.1, 2: 0.3, 3: 0.8}
+    rows = [
+        {
+            **made(THREE, seed, 1.0),
+            "order": ["a" if seed < 3 else "b"],
+            "spared": [leaf(x, x, 1, 1, 0.5), leaf(x + 1, None, 2, 1 if seed < 3 else 2, 0.6)],
+        }
+        for seed, x in values.items()
+    ]
+    lines = {line[2]: line[4:] for line in summary.sparing_table(rows).rows}
+    expected = summary.interval([0.2, 0.8]).show(sign=True)
+    assert lines["responsibility"] == [expected, expected]
+    assert lines["updates"] == ["+0.800 (1 of 3)", "+0.800 (1 of 3)"]
 
 
 # -- training and studying ------------------------------------------------------------------------
@@ -252,6 +282,23 @@ def test_rows_are_whole_and_resumed_without_a_change(conditions: Conditions, tmp
     other = ask(SHORT, SITUATIONS, conditions.data, same="beta")
     with pytest.raises(K1Error, match="other same: name another file"):
         open_rows(other, conditions, file)
+
+
+def test_each_system_is_asked_what_it_can_spare(conditions: Conditions, monkeypatch):
+    asked, calls = ask(replace(SHORT, steps=3), (THREE,), conditions.data), []
+
+    def noted(engine, lane, windows, steps):
+        calls.append((lane, sorted(windows), steps))
+        return ()
+
+    monkeypatch.setattr(trained, "sparing", noted)
+    monkeypatch.setattr(trained, "TRUST_STEPS", 4)
+    rows = run_studies(asked, conditions, open_rows(asked, conditions, None))
+    steps = min(4, rows[0]["steps"][-1])
+    assert calls == [(lane, sorted(conditions.data.domains), steps) for lane in (0, 1)]
+    assert [row["spared"] for row in rows if row["view"] == "windows"] == [[], []]
+    head = asked.head(conditions)
+    assert head["trust"] == {"steps": 4, "height": 0.1}
 
 
 def test_what_is_out_of_time_leaves_no_row(conditions: Conditions):

@@ -8,21 +8,20 @@ updates help while a copy trains on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from k1.arena import Arena
 from k1.edits import delete_agent, heir
 from k1.engine import Engine
 from k1.forward import Batch
-from k1.merging import change, copy_of, merge_agents, why_not_merge
-from k1.specialisation.trust import trust
+from k1.merging import bits_on, change, copy_of, merge_agents, why_not_merge
+from k1.specialisation.trust import Trust, trust
 
 SIGNALS = ("responsibility", "updates", "trust")
 """What is known about a leaf: its running responsibility, by which `k1.edits.prune` chooses; its
 updates so far; the share of its updates that help."""
 CALM = 0.1
-"""Height of the learning rate while trust is measured: as late in a phase."""
+"""Height of the learning rate while trust is measured: as at the end of a phase."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Spared:
     """By domain: bits per byte lost if it is deleted."""
     merged: dict[str, float] | None
     """By domain: lost if it is merged; None where no sibling of its shape inherits its text."""
-    signals: dict[str, float]
-    """Each of `SIGNALS`."""
+    signals: dict[str, float | None]
+    """Each of `SIGNALS`; no trust of a leaf that has not moved while it was measured."""
 
 
 def sparing(
@@ -48,49 +47,38 @@ def sparing(
         engine: has the lane, which stays as it is.
         lane: which.
         windows: [1, B, T] of each domain.
-        steps: of training, on all domains alike, that trust is measured over.
+        steps: of training that trust is measured over: on all domains alike, and by the ordinary
+            step with the arena's settings, whatever a method adds to it.
     """
     arena, tree = engine.arena, engine.arena.trees[lane]
-    twin = copy_of(engine, lane)
-    domains = len(engine.store.domains)
-    twin.arena.set_mix(0, (1 / domains,) * domains)
-    twin.arena["lr_factor"][0] = CALM
-    trusted = trust(twin, 0, steps)
+    before = bits_on(engine, lane, windows)
+
+    def lost(edit: Callable[..., object], *slots: int) -> dict[str, float]:
+        return change(engine, lane, lambda a, lane: edit(a, lane, *slots), windows, before).harm
+
+    trusted = _trust(engine, lane, steps)
     found = []
     for slot in [s for s in sorted(trusted) if tree.is_leaf(s)]:
-        signals = (
-            float(arena["mean_responsibility"][lane, slot]),
-            float(arena["updates"][lane, slot]),
-            trusted[slot].value,
-        )
+        into = heir(arena, lane, slot)
+        alike = into is not None and why_not_merge(tree, into, slot) is None
         found.append(
             Spared(
                 tree.name(slot),
-                _deleted(engine, lane, slot, windows),
-                _merged(engine, lane, slot, windows),
-                dict(zip(SIGNALS, signals, strict=True)),
+                lost(delete_agent, slot),
+                lost(merge_agents, into, slot) if into is not None and alike else None,
+                {
+                    "responsibility": float(arena["mean_responsibility"][lane, slot]),
+                    "updates": float(arena["updates"][lane, slot]),
+                    "trust": trusted[slot].value if trusted[slot].updates else None,
+                },
             )
         )
     return tuple(found)
 
 
-def _deleted(
-    engine: Engine, lane: int, slot: int, windows: Mapping[str, Batch]
-) -> dict[str, float]:
-    def delete(arena: Arena, lane: int) -> None:
-        delete_agent(arena, lane, slot)
-
-    return change(engine, lane, delete, windows).harm
-
-
-def _merged(
-    engine: Engine, lane: int, slot: int, windows: Mapping[str, Batch]
-) -> dict[str, float] | None:
-    into = heir(engine.arena, lane, slot)
-    if into is None or why_not_merge(engine.arena.trees[lane], into, slot) is not None:
-        return None
-
-    def merge(arena: Arena, lane: int) -> None:
-        merge_agents(arena, lane, into, slot)
-
-    return change(engine, lane, merge, windows).harm
+def _trust(engine: Engine, lane: int, steps: int) -> dict[int, Trust]:
+    """Trust in agents while a copy trains on, on all domains alike and at a calm rate."""
+    twin, domains = copy_of(engine, lane), len(engine.store.domains)
+    twin.arena.set_mix(0, (1 / domains,) * domains)
+    twin.arena["lr_factor"][0] = CALM
+    return trust(twin, 0, steps)

@@ -36,7 +36,7 @@ PURE = 0.9
 RESPONSIBILITY = "responsibility"
 ORDERED = (RESPONSIBILITY, "routing")
 NULLS = (SAME, JOINT)
-ANY, TRIED = "(any)", "(all tried)"
+ANY = "(any)"
 Gap = tuple[list[float], float]
 """Differences of bits, and their p, corrected."""
 
@@ -208,41 +208,59 @@ def sparing_table(rows: Sequence[Row]) -> Table:
     """What it costs to lose a leaf, by how it is chosen; rows of other views say nothing of it."""
     lines = []
     for (method, situation), runs in by_system([r for r in rows if "spared" in r]).items():
-        for chooser in (*SIGNALS, ANY, TRIED):
-            found = [_chosen(row["spared"], chooser) for row in runs.values()]
-            cells = [
-                _spread(runs, values).show(digits, sign=True) if all(map(math.isfinite, values))
-                else NONE
-                for values, digits in zip(zip(*found, strict=True), (2, 3, 3), strict=True)
-            ]  # fmt: skip
+        for chooser in (*SIGNALS, ANY):
+            found = zip(*[_chosen(row["spared"], chooser) for row in runs.values()], strict=True)
+            cells = [_known(runs, values) for values in found]
             lines.append([method, situation, chooser, *cells])
     title = (
-        "losing a leaf: bits per byte, mean over domains, if it is deleted or merged into the "
-        "sibling that inherits its text, and how well the signal ranks leaves by what deleting "
-        "them costs (Spearman). The leaf is the one with the least running responsibility, the "
-        "fewest updates or the least trust; any of them, on average; or the one that proves best "
-        "when all are tried"
+        "windows: losing a leaf: how well a signal ranks leaves by what deleting them costs "
+        "(Spearman); bits per byte lost, mean over domains, if the leaf with the least of it is "
+        "deleted, or merged into the sibling that inherits its text (the first, where nothing has "
+        "been counted). Signals: running responsibility, updates, and the share of them that help "
+        "while a copy trains on by ordinary steps, of leaves that moved then. Of leaves with as "
+        "little, and of any leaf: the mean"
     )
-    headers = ["method", "situation", "least", "rank correlation", "deleted", "merged"]
+    headers = ["method", "situation", "chosen by", "rank correlation", "deleted", "merged"]
     return Table(title, headers, lines)
 
 
+def _known(runs: dict[int, Row], values: Sequence[float]) -> str:
+    """Mean and interval of the values that there are, and of how many systems if not of all."""
+    own = {seed: value for seed, value in zip(runs, values, strict=True) if not math.isnan(value)}
+    if not own:
+        return NONE
+    text = _spread({seed: runs[seed] for seed in own}, list(own.values())).show(sign=True)
+    return text if len(own) == len(runs) else f"{text} ({len(own)} of {len(runs)})"
+
+
 def _chosen(spared: Sequence[Row], chooser: str) -> tuple[float, float, float]:
-    """Rank correlation of a signal, and what it costs to delete or merge the leaf that it names."""
-    deleted = [statistics.fmean(leaf["deleted"].values()) for leaf in spared]
-    merged = [
-        statistics.fmean(leaf["merged"].values()) if leaf["merged"] else math.nan for leaf in spared
-    ]
-    if chooser == ANY:
-        possible = [value for value in merged if not math.isnan(value)]
-        return math.nan, statistics.fmean(deleted), statistics.fmean(possible or [math.nan])
-    if chooser == TRIED:
-        return math.nan, min(deleted), min(merged, key=lambda value: (math.isnan(value), value))
-    signal = [leaf["signals"][chooser] for leaf in spared]
-    least = min(range(len(spared)), key=signal.__getitem__)
-    alike = len(set(signal)) == 1 or len(set(deleted)) == 1
-    rank = math.nan if alike else float(spearmanr(signal, deleted).statistic)
-    return rank, deleted[least], merged[least]
+    """Rank correlation of a signal, and what it costs to delete or merge the leaf that it names.
+
+    Each is NaN where a signal does not tell leaves apart, or none that it names can be merged.
+    """
+    if not spared:  # a root alone
+        return math.nan, math.nan, math.nan
+    told = spared
+    rank = math.nan
+    if chooser != ANY:
+        known = [leaf for leaf in spared if leaf["signals"][chooser] is not None]
+        signal = [leaf["signals"][chooser] for leaf in known]
+        if len(set(signal)) < 2:
+            return math.nan, math.nan, math.nan
+        deleted = [_mean_harm(leaf["deleted"]) for leaf in known]
+        if len(set(deleted)) > 1:
+            rank = float(spearmanr(signal, deleted).statistic)
+        told = [leaf for leaf in known if leaf["signals"][chooser] == min(signal)]
+    merged = [_mean_harm(leaf["merged"]) for leaf in told if leaf["merged"] is not None]
+    return (
+        rank,
+        statistics.fmean(_mean_harm(leaf["deleted"]) for leaf in told),
+        statistics.fmean(merged) if merged else math.nan,
+    )
+
+
+def _mean_harm(harm: dict[str, float]) -> float:
+    return statistics.fmean(harm.values())
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

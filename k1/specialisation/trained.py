@@ -41,7 +41,7 @@ from k1.sampling import TokenStore
 from k1.specialisation.ablation import bits
 from k1.specialisation.agents import Agent, Study, study
 from k1.specialisation.information import Information
-from k1.specialisation.sparing import sparing
+from k1.specialisation.sparing import CALM, sparing
 
 KIND = "specialists"
 THREE, SAME, JOINT = "three", "same", "joint"
@@ -50,7 +50,7 @@ SITUATIONS = (THREE, SAME, JOINT)
 KEY = ("method", "situation", "seed", "view")
 REPORTED = ("order", "information", "accuracy", "specialists")
 """What tables need of a row, besides its key."""
-TRUSTED = 100
+TRUST_STEPS = 100
 """Steps that trust is measured over, at most; a phase's, if it has fewer."""
 MATTERS = 0.1
 """A leaf that has less than this share of the responsibility of the leaf that has most is nobody's
@@ -79,7 +79,7 @@ class Asked:
             "config": self.experiment.config("builtin").to_dict(),
             "data": conditions.data.fingerprint,
             "same": self.same,
-            "trusted": TRUSTED,
+            "trust": {"steps": TRUST_STEPS, "height": CALM},
             "pool": conditions.pool,
             "device": conditions.device,
         }
@@ -240,7 +240,7 @@ def train_and_study(
                 )
             found = as_data(study(engine, lane, texts, text.tokenizer))
             if view == "windows":
-                spared = sparing(engine, lane, seen.windows, min(TRUSTED, steps[-1]))
+                spared = sparing(engine, lane, seen.windows, min(TRUST_STEPS, steps[-1]))
                 found["spared"] = [asdict(leaf) for leaf in spared]
             rows.append({**as_row(run), "view": view, "steps": steps, "loss": loss, **found})
     seconds = {"seconds": time.monotonic() - began, "seconds_trained": trained}
