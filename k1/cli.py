@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,17 +65,25 @@ def optional(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
-def check_outputs(*paths: Path | None) -> None:
+def check_outputs(*paths: Path | None, inputs: Sequence[Path | None] = ()) -> None:
     """See that files can be written, before the work that they are to hold.
 
+    Args:
+        *paths: the files, as far as they are asked for.
+        inputs: files that are read, which nothing may be written over.
+
     Raises:
-        K1Error: if one cannot.
+        K1Error: if one cannot, or is named for something else too.
     """
     import os
 
+    taken = {path.resolve() for path in inputs if path is not None}
     for path in paths:
         if path is None:
             continue
+        if path.resolve() in taken:
+            raise K1Error(f"{path} is named twice and would be written over: name another file")
+        taken.add(path.resolve())
         folder = path.absolute().parent
         if not folder.is_dir():
             raise K1Error(f"the folder of {path} does not exist: make it, or name another")
@@ -83,6 +91,28 @@ def check_outputs(*paths: Path | None) -> None:
             raise K1Error(f"{path} is a folder: name a file")
         if not os.access(path if path.exists() else folder, os.W_OK):
             raise K1Error(f"{path} cannot be written: name another file")
+
+
+def check_alone(arguments: Any, option: str, heeded: Collection[str]) -> None:
+    """See that nothing is given that an option leaves unheeded.
+
+    Args:
+        arguments: a dataclass of options with defaults.
+        option: the option, with what it does: `--from makes no runs`.
+        heeded: fields that go with it.
+
+    Raises:
+        K1Error: if something else differs from its default.
+    """
+    from dataclasses import fields
+
+    given = [
+        field.name.rstrip("_").replace("_", "-")
+        for field in fields(arguments)
+        if field.name not in heeded and getattr(arguments, field.name) != field.default
+    ]
+    if given:
+        raise K1Error(f"{option}: leave {', '.join(given)} out")
 
 
 def absolute_source(data: str) -> str:

@@ -41,8 +41,11 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         K1Error: if it cannot be written.
     """
+    from matplotlib import rc_context
+
     try:
-        # Without a date, the same picture is the same file.
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        # Without a date and random ids, the same picture is the same file.
+        with rc_context({"svg.hashsalt": "k1"}):
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
         raise K1Error(f"--plot {path} cannot be written ({error})") from None

@@ -117,18 +117,20 @@ class RowFile:
             )
 
 
-def read_rows(path: Path, names: tuple[str, ...]) -> tuple[Row, list[Row]]:
-    """Read a file of rows, whatever they are about, and leave it as it is.
+def read_rows(path: Path, kind: str, names: tuple[str, ...]) -> tuple[Row, list[Row]]:
+    """Read a file of rows of a kind, whatever they are about, and leave it as it is.
 
     Args:
         path: the file.
+        kind: what its head calls itself.
         names: fields of a row that are its key.
 
     Returns:
         Its head, without the format, and its rows.
 
     Raises:
-        K1Error: if it cannot be read, is of another format, or ends within a line.
+        K1Error: if it cannot be read, is of another format or kind, ends within a line or has no
+            row.
     """
     text = _read(path)
     if not text.endswith("\n"):
@@ -139,6 +141,12 @@ def read_rows(path: Path, names: tuple[str, ...]) -> tuple[Row, list[Row]]:
     head, *lines = _lines(path, text)
     if not isinstance(head, dict) or head.pop("format", None) != FORMAT:
         raise K1Error(f"{path} holds no records of this version of K-1: name another file")
+    if head.get("kind") != kind:
+        raise K1Error(
+            f"{path} holds records of kind {head.get('kind')!r}, not {kind!r}: name another file"
+        )
+    if not lines:
+        raise K1Error(f"{path} has a head and no records: name another file")
     return head, list(_by_key(path, names, lines).values())
 
 
@@ -159,12 +167,19 @@ def _by_key(path: Path, names: tuple[str, ...], lines: list[Any]) -> dict[Hashab
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise K1Error(f"there is no file {path}: name one with records") from None
     except (OSError, ValueError) as error:
         raise K1Error(f"{path} cannot be read as records ({error}): name another file") from None
 
 
 def _lines(path: Path, text: str) -> list[Any]:
-    try:
-        return [parse_json(line.encode()) for line in text.splitlines()]
-    except ValueError as error:
-        raise K1Error(f"{path} cannot be read as records ({error}): name another file") from None
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found.append(parse_json(line.encode()))
+        except ValueError as error:
+            raise K1Error(
+                f"{path} cannot be read as records (its line {number}: {error}): name another file"
+            ) from None
+    return found

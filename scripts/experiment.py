@@ -66,24 +66,24 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Make the missing runs, print the tables, write the page."""
-    from k1.cli import check_outputs
+    from k1.cli import check_alone, check_outputs
     from k1.figures import check_plot
 
     if arguments.list:
         return list_all()
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    check_outputs(arguments.results, arguments.markdown, arguments.plot)
+    read = (arguments.from_, arguments.tuned)
+    check_outputs(arguments.results, arguments.markdown, arguments.plot, inputs=read)
 
     if arguments.from_ is None:
         return report(arguments, make_runs(arguments), None)
 
-    from k1.errors import K1Error
     from k1.experiments.page import check_reference, check_sweep, read_results
 
-    if arguments.results is not None or arguments.test or arguments.quick:
-        raise K1Error("--from makes no runs: leave --results, --test and --quick out")
-    names = arguments.methods and tuple(arguments.methods.split(","))
+    heeded = ("from_", "tuned", "methods", "reference", "plot", "markdown")
+    check_alone(arguments, "--from makes no runs", heeded)
+    names = _names(arguments.methods)
     results = read_results(arguments.from_, names)
     check_reference(results, arguments.reference)
     if arguments.tuned is None:
@@ -136,7 +136,7 @@ def make_runs(arguments: Arguments) -> Results:
     known = {**METHODS, **CONTROLLED}
     experiment = choose_experiment(
         "ci" if arguments.quick else arguments.name,
-        methods=arguments.methods and tuple(arguments.methods.split(",")),
+        methods=_names(arguments.methods),
         rates=arguments.rates and _numbers(arguments.rates),
         orders=arguments.orders,
         seeds=arguments.seeds,
@@ -186,6 +186,11 @@ def report(arguments: Arguments, results: Results, sweep: Results | None) -> int
         written = markdown(results, arguments.reference, known, sweep)
         write_atomically(arguments.markdown, written.encode())
     return 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Read names that are apart by commas."""
+    return None if text is None else tuple(text.split(","))
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -58,17 +58,15 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Make and study the missing systems, print the tables, write the page."""
-    from k1.cli import check_outputs
+    from k1.cli import check_alone, check_outputs
 
-    check_outputs(arguments.results, arguments.markdown)
+    check_outputs(arguments.results, arguments.markdown, inputs=(arguments.from_,))
     if arguments.from_ is None:
         return report(arguments, *make_studies(arguments))
 
-    from k1.errors import K1Error
     from k1.specialisation.trained import read_studies
 
-    if arguments.results is not None:
-        raise K1Error("--from trains nothing: leave --results out")
+    check_alone(arguments, "--from trains nothing", ("from_", "markdown"))
     head, rows = read_studies(arguments.from_)
     about = [
         f"{systems(rows)} systems trained on {head['device']}, {head['settings']['steps']} "

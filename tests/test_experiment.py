@@ -168,7 +168,9 @@ def test_frontiers_and_curves_are_drawn(tmp_path: Path):
     diverged = row("lost", 1, 1.0, [[8, 8], [None, 7], [None, None]])
     pictures.plot([*ROWS, diverged], (), tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
-    assert "<!-- calm -->" in text and "<!-- lost -->" in text
+    assert "<!-- calm (2) -->" in text and "<!-- lost (1) -->" in text
+    pictures.plot([*ROWS, diverged], (), tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text() == text
     pictures.plot([], (), tmp_path / "none.svg")
     with pytest.raises(K1Error, match="end the name in one of"):
         pictures.plot(ROWS, (), tmp_path / "a.nope")
@@ -219,8 +221,12 @@ def test_the_command_refuses_what_makes_no_sense(tmp_path: Path):
         (["nothing"], "no experiment"),
         (["--quick", "--test"], "give --tuned"),
         (["--quick", "--rates", "a"], "numbers apart by commas"),
-        (["--quick", "--tuned", tmp_path / "none"], "cannot be read as records"),
-        (["--from", tmp_path / "none"], "cannot be read as records"),
+        (["--quick", "--tuned", tmp_path / "none"], "there is no file"),
+        (["--from", tmp_path / "none"], "there is no file"),
+        (["ci", "--from", tmp_path, "--seeds", "2"], "--from makes no runs: leave name, seeds out"),
+        (["--from", tmp_path / "a.jsonl", "--markdown", tmp_path / "a.jsonl"], "named twice"),
+        (["--plot", tmp_path / "a.svg", "--markdown", tmp_path / "a.svg"], "named twice"),
+        (["--quick", "--methods", ""], "no method ''"),
         (["--quick", "--plot", tmp_path / "a.nope"], "--plot"),
     ):
         done = call(SCRIPT, *options)

@@ -93,7 +93,7 @@ def test_the_page_has_every_table_and_how_it_was_made():
     assert text.count("| method |") == len(report.tables(ROWS, "dense")) + 1 == 11
     assert "6 runs on the **validation** pool" in text and "Some CPU; 18 s in all" in text
     assert (
-        "`python scripts/experiment.py ci --data DIR --device cpu --seeds 2 --steps 7 "
+        "`python scripts/experiment.py ci --data DIR --device cpu --seeds 2 --orders 1 --steps 7 "
         "--rates 0.001,0.003 --methods dense,calm --results FILE`" in text
     )
     assert report.tables([], "dense") == []
@@ -103,6 +103,23 @@ def test_the_page_has_every_table_and_how_it_was_made():
     assert "--test --tuned SWEEP.jsonl" in swept and "Where the settings were chosen" in swept
     assert swept.count("| method |") == 4 + 2 + 1  # frontiers of the sweep
     assert markdown(Results(HEAD, []), "dense", {}).startswith("# Results")
+
+
+@pytest.mark.parametrize(
+    ("orders", "told"),
+    [
+        (("prose,code,science", "prose,science,code"), None),
+        (("prose,code,science", "prose,code,science"), " --orders 1 "),
+        (("science,code,prose", "code,prose,science"), " --orders 6,3 "),
+    ],
+)
+def test_the_command_names_the_orders_that_rows_have(orders, told):
+    rows = [
+        {**ROWS[seed - 1], "seed": seed, "order": order.split(",")}
+        for seed, order in enumerate(orders, 1)
+    ]
+    text = markdown(Results(HEAD, rows), "dense", METHODS)
+    assert told in text if told else "--orders" not in text
 
 
 # -- which runs are compared ---------------------------------------------------------------------
@@ -184,7 +201,8 @@ def test_results_are_read_and_left_as_they_are(tmp_path: Path):
     [
         ([{"method": "m"}], {}, "a line that is no record"),
         ([{k: v for k, v in ROWS[0].items() if k != "bits"}], {}, "no results of an experiment"),
-        (ROWS, {"kind": "other"}, "no results of an experiment"),
+        (ROWS, {"kind": "other"}, "holds records of kind 'other', not 'experiment'"),
+        ([], {}, "has a head and no records"),
         (ROWS, {"format": 7}, "no records of this version"),
     ],
 )

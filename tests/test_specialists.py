@@ -379,8 +379,8 @@ def test_the_command_studies_resumes_and_writes_a_page(tmp_path: Path):
     written = page.read_text()
     assert written.startswith("# Specialists") and "three - same" in written
     assert str(tmp_path) not in written and "4 systems trained as in ci" in written
-    refused = call(SPECIALISTS, "--from", results, "--results", results)
-    assert refused.returncode == 2 and "leave --results out" in refused.stderr
+    refused = call(SPECIALISTS, "--from", results, "--results", tmp_path / "other")
+    assert refused.returncode == 2 and "leave results out" in refused.stderr
     told = call(SPECIALISTS, "--from", results, "--markdown", page)
     assert told.returncode == 0, told.stderr
     assert page.read_text().split("\n\n", 2)[2] == written.split("\n\n", 2)[2]
@@ -391,13 +391,14 @@ def test_the_command_studies_resumes_and_writes_a_page(tmp_path: Path):
     ("text", "message"),
     [
         ("", "is empty or ends within a line"),
-        ('{"format":1,"kind":"experiment"}\n', "holds no studies of specialists"),
-        ('{"format":1,"kind":"specialists"}\n', "holds no studies of specialists"),
+        ('{"format":1,"kind":"experiment"}\n', "holds records of kind 'experiment', not"),
+        ('{"format":1,"kind":"specialists"}\n', "has a head and no records"),
+        ('{"format":1,"kind":"specialists"}\n{}\n{"a\n{}\n', r"as records \(its line 3: "),
         ('{"format":1,"kind":"specialists"}\n{"method":"m"}\n', "a line that is no record"),
         (
             '{"format":1,"kind":"specialists"}\n'
             '{"method":"m","situation":"three","seed":1,"view":"windows"}\n',
-            "holds no studies of specialists",
+            "holds studies that lack something",
         ),
     ],
 )

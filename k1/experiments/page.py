@@ -12,6 +12,7 @@ from k1.experiments.method import Method
 from k1.experiments.plans import EXPERIMENTS
 from k1.experiments.report import best_settings, tables
 from k1.experiments.runner import KEY
+from k1.experiments.stream import STREAMS, orders_of
 from k1.row_file import Row, read_rows
 from k1.tables import Table
 
@@ -38,13 +39,9 @@ def read_results(path: Path, methods: Sequence[str] | None = None) -> Results:
     Raises:
         K1Error: if the file holds none, or none of a method.
     """
-    head, rows = read_rows(path, KEY)
+    head, rows = read_rows(path, "experiment", KEY)
     whole = all(name in row for row in rows for name in FIELDS)
-    if (
-        head.get("kind") != "experiment"
-        or not {"pool", "settings", "data"} <= set(head)
-        or not whole
-    ):
+    if not whole or not {"pool", "settings", "data"} <= set(head):
         raise K1Error(f"{path} holds no results of an experiment: name another file")
     found = {row["method"] for row in rows}
     missing = [name for name in methods or () if name not in found]
@@ -118,6 +115,9 @@ def _command(results: Results) -> str:
     names = list(dict.fromkeys(row["method"] for row in rows))
     # Of those with the same settings, the one that the methods are from.
     alike.sort(key=lambda experiment: len(set(names) - set(experiment.methods)))
+    orders = _orders(rows, alike[0].orders)
+    if orders is not None:
+        told.append(f"--orders {orders}")
     if steps != alike[0].steps:
         told.append(f"--steps {steps}")
     if head["pool"] == "test":
@@ -127,6 +127,23 @@ def _command(results: Results) -> str:
         told.append("--rates " + ",".join(f"{rate:g}" for rate in rates))
     told.append("--methods " + ",".join(names))
     return f"`python scripts/experiment.py {alike[0].name} {' '.join(told)} --results FILE`"
+
+
+def _orders(rows: Sequence[Row], usual: str) -> str | None:
+    """What `--orders` has to be for these rows; None if it is what an experiment has anyway."""
+    found = {row["seed"]: tuple(row["order"]) for row in rows}
+    if not found:
+        return None
+    domains = set(found[min(found)])
+    known = next((stream for stream in STREAMS if set(stream) == domains), tuple(sorted(domains)))
+    every = orders_of(known, "all")
+    own = dict.fromkeys(found[seed] for seed in sorted(found))
+    listed = ",".join(str(every.index(order) + 1) for order in own)
+    for wanted in (usual, "all", listed):
+        orders = orders_of(known, wanted)
+        if all(order == orders[(seed - 1) % len(orders)] for seed, order in found.items()):
+            break
+    return None if wanted == usual else wanted
 
 
 def markdown(

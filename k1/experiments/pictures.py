@@ -58,19 +58,21 @@ def plot(rows: Sequence[Row], checks: Sequence[float], path: Path) -> None:
         points = [p for p in sweep(settings, VIEW) if all(map(math.isfinite, p))]
         colour = f"C{number}"
         left.plot([x for x, _ in points], [y for _, y in points], ".", color=colour, alpha=0.4)
-        line = frontier(points)
+        line, fewest = frontier(points), min(map(len, settings.values()))
         left.plot(
             [x for x, _ in line], [y for _, y in line], style(number) + "o", color=colour,
-            markersize=4, label=method,
+            markersize=4, label=f"{method} ({fewest})",
         )  # fmt: skip
         runs = best[method]
         right.plot(moments(runs[0], checks), anytime(runs), style(number), color=colour)
     left.set_xlabel("bits per byte of new domains after their phase")
-    left.set_ylabel("forgetting of earlier ones, in % of bits")
+    left.set_yscale("symlog", linthresh=1.0)
+    left.set_ylabel("forgetting of earlier ones, in % of bits (linear to 1 %)")
     left.set_title("each setting, and those that no other of the method beats in both")
     right.set_xlabel("phases of the stream")
     right.set_ylabel("mean bits per byte of the domains met so far")
     right.set_title("at the setting that ends best")
     if rows:
-        figure.legend(loc="outside right upper", fontsize="small")
+        title = "method (runs a setting, at least)"
+        figure.legend(loc="outside right upper", fontsize="small", title=title)
     save(figure, path)

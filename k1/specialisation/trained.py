@@ -149,10 +149,9 @@ def read_studies(path: Path) -> tuple[Row, list[Row]]:
     Raises:
         K1Error: if it cannot be read, or holds no studies.
     """
-    head, rows = read_rows(path, KEY)
-    whole = all(name in row for row in rows for name in REPORTED)
-    if head.get("kind") != KIND or not rows or not whole:
-        raise K1Error(f"{path} holds no studies of specialists: name another file")
+    head, rows = read_rows(path, KIND, KEY)
+    if not all(name in row for row in rows for name in REPORTED):
+        raise K1Error(f"{path} holds studies that lack something: name another file")
     return head, rows
 
 
