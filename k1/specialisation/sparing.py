@@ -54,7 +54,7 @@ def sparing(
     before = bits_on(engine, lane, windows)
 
     def lost(edit: Callable[..., object], *slots: int) -> dict[str, float]:
-        return change(engine, lane, lambda a, lane: edit(a, lane, *slots), windows, before).harm
+        return change(engine, lane, lambda twin, own: edit(twin, own, *slots), windows, before).harm
 
     trusted = _trust(engine, lane, steps)
     found = []
